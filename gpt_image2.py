@@ -1,0 +1,5040 @@
+#!/usr/bin/env python3
+"""Make and edit pictures through OpenAI's images API or any relay that speaks it.
+
+    argv -> Args -> Settings -> checked Request -> planned paths -> job folder
+         -> curl -> Reply -> images on disk -> stdout
+
+    gpt_image2.py generate "a cat on a windowsill" --sandbox      # no key needed
+    gpt_image2.py generate "a red fox in snow" -s widescreen@2K -o fox.png
+    gpt_image2.py edit fox.png "make it winter" --quality low
+
+It needs Python 3.8 or newer and curl, nothing else. A picture costs money and takes minutes, so no
+paid picture is ever lost, none is paid for twice by surprise, and no key ever shows.
+
+The sections stand in the order of the pipeline; each uses only what is above it:
+Facts, Failures, Values, Console, Pictures as bytes, Sizes, Settings, Requests, Planned paths,
+Job folders, Curl, Replies, Verdicts, Downloads, Saving, Reports, Sandbox, Commands, Command line, Main.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, NamedTuple, Sequence, Tuple
+
+__version__ = "0.1.0"
+
+################################################################################
+# Facts
+################################################################################
+# Tables, each with its source and date: a model launch or a new relay is a change of data here.
+# SDK is the `openai` package 3.52.0, HK is OpenAI-HK's document, NK is NodeKey's; 2026-11-21.
+
+EXIT_OK = 0
+EXIT_REFUSED = 1  # the server refused the request for another reason, or anything else
+EXIT_USAGE = 2  # nothing sent
+EXIT_CONFIG = 3  # nothing sent
+EXIT_AUTH = 4
+EXIT_POLICY = 5
+EXIT_LIMIT = 6
+EXIT_NETWORK = 7  # nothing was sent
+EXIT_UNKNOWN = 8  # may be billed
+EXIT_PARTIAL = 9
+EXIT_UNSAVED = 10  # the answer is kept: recover
+
+PROGRAM = "gpt-image2"
+OPENAI_URL = "https://api.openai.com/v1"
+MEGABYTE = 1024 * 1024
+MAX_INPUT_BYTES = 50 * MEGABYTE  # each image of an edit (SDK)
+MAX_INPUT_IMAGES = 16  # SDK
+MASK_WARN_BYTES = 4 * MEGABYTE  # SDK says below 4 MB, the guide below 50
+MAX_DOWNLOAD_BYTES = 100 * MEGABYTE
+MAX_PROMPT_CHARACTERS = 32_000  # SDK
+MAX_WAIT_SECONDS = 120  # a longer Retry-After is not waited for, as in the official SDK
+STOP_GRACE_SECONDS = 10.0  # what an answer that has begun gets after Ctrl-C
+KEEP_EMPTY_DAYS = 7
+WINDOW = 256 * 1024  # bytes read at once; 128 KB to 1 MB are best (measured)
+LONG_STRING = 64 * 1024  # a JSON string over this many bytes stays in the file
+MAX_SKELETON_BYTES = 8 * MEGABYTE  # an answer's text without its long strings
+
+
+class Provider(NamedTuple):
+    """What is known of one server: `strict` means that OpenAI's rules are certain there."""
+
+    name: str
+    base_url: str
+    hosts: tuple[str, ...]
+    auth_header: str = "Authorization: Bearer"
+    strict: bool = False
+    answers_url: bool = False
+    currency: str = ""
+    template: tuple[tuple[str, str], ...] = ()
+    note: str = ""
+
+
+# HK and NK of 2026-11-21; Azure: its v1 API, where the model is the deployment's name.
+PROVIDERS = {
+    row.name: row
+    for row in (
+        Provider(
+            "openai",
+            OPENAI_URL,
+            ("api.openai.com",),
+            strict=True,
+            currency="USD",
+            template=(("base_url", OPENAI_URL), ("api_key_env", "OPENAI_API_KEY")),
+        ),
+        Provider(
+            "openai-hk",
+            "https://api.openai-hk.com/v1",
+            ("api.openai-hk.com",),
+            answers_url=True,
+            currency="credits",
+            template=(
+                ("base_url", "https://api.openai-hk.com/v1"),
+                ("api_key_env", "OPENAI_HK_API_KEY"),
+                ("size", "1024x1024"),
+                ("quality", "low"),
+            ),
+        ),
+        Provider(
+            "nodekey",
+            "https://nodekey.xinghanyun.cn/v1",
+            ("nodekey.xinghanyun.cn",),
+            template=(
+                ("base_url", "https://nodekey.xinghanyun.cn/v1"),
+                ("api_key_env", "NODEKEY_API_KEY"),
+            ),
+            note="NodeKey documents generations only",
+        ),
+        Provider(
+            "azure",
+            "",
+            (".openai.azure.com", ".cognitiveservices.azure.com"),
+            auth_header="api-key",
+            template=(
+                ("base_url", "https://YOUR-RESOURCE.openai.azure.com/openai/v1"),
+                ("api_key_env", "AZURE_OPENAI_API_KEY"),
+                ("auth_header", "api-key"),
+                ("model", "YOUR-DEPLOYMENT"),
+            ),
+        ),
+        Provider("generic", "", ()),
+    )
+}
+
+
+class Model(NamedTuple):
+    """One model id: `sizes` empty means the flexible rule; `owner` is who enforces its rules."""
+
+    sizes: tuple[str, ...] = ()
+    family: str = "2"
+    owner: str = "openai"
+    ends: str = ""  # the day it is, or was, shut down
+    successor: str = "gpt-image-2"
+
+
+OLD_SIZES = ("1024x1024", "1536x1024", "1024x1536")
+# SDK and OpenAI's deprecations page; NodeKey's four: NK.
+MODELS = {
+    "gpt-image-2": Model(),
+    "gpt-image-2-2026-04-21": Model(),
+    "gpt-image-2.5-flare": Model(family="2.5"),
+    "gpt-image-2.5-flare-2026-09-08": Model(family="2.5"),
+    "gpt-image-2.5-sunburst": Model(family="2.5"),
+    "gpt-image-2.5-sunburst-2026-09-08": Model(family="2.5"),
+    "gpt-image-2.6-flare": Model(family="2.6"),
+    "gpt-image-2.6-sunburst": Model(family="2.6"),
+    "gpt-image-1.5": Model(OLD_SIZES, "1.5", ends="2026-12-01"),
+    "chatgpt-image-latest": Model(OLD_SIZES, "1.5", ends="2026-12-01"),
+    "gpt-image-1-mini": Model(OLD_SIZES, "1-mini", ends="2026-12-01"),
+    "gpt-image-1": Model(OLD_SIZES, "1", ends="2026-10-23"),
+    "dall-e-3": Model(("1024x1024", "1792x1024", "1024x1792"), "dall-e", ends="2026-05-12"),
+    "dall-e-2": Model(("256x256", "512x512", "1024x1024"), "dall-e", ends="2026-05-12"),
+    "gpt-image-2-vip": Model(owner="nodekey"),
+    "gpt-image-2-1k": Model(OLD_SIZES, owner="nodekey"),
+    "gpt-image-2-2k": Model(("2048x2048", "2048x1152"), owner="nodekey"),
+    "gpt-image-2-4k": Model(("3840x2160", "2160x3840"), owner="nodekey"),
+}
+DEFAULT_MODEL = "gpt-image-2"
+
+# Ratio, name, and the sizes of the tiers 1K, 2K and 4K (HK and the guide).
+SIZES = (
+    ("1:1", "square", (1024, 1024), (2048, 2048), (2880, 2880)),
+    ("16:9", "widescreen", (1280, 720), (2048, 1152), (3840, 2160)),
+    ("9:16", "story", (720, 1280), (1152, 2048), (2160, 3840)),
+    ("5:4", "print", (1040, 832), (2080, 1664), (3200, 2560)),
+    ("4:5", "feed", (832, 1040), (1664, 2080), (2560, 3200)),
+    ("4:3", "classic", (1024, 768), (2048, 1536), (3264, 2448)),
+    ("3:4", "vertical", (768, 1024), (1536, 2048), (2448, 3264)),
+    ("3:2", "photo", (1008, 672), (2064, 1376), (3504, 2336)),
+    ("2:3", "portrait", (672, 1008), (1376, 2064), (2336, 3504)),
+    ("21:9", "exclusive", (1344, 576), (2016, 864), (3808, 1632)),
+)
+TIERS = ("1K", "2K", "4K")
+TIER_PIXELS = (1024 * 1024, 2048 * 2048, 8_294_400)
+# The flexible rule of gpt-image-2, 2.5 and (assumed) 2.6: HK and the guide.
+SIDE_STEP = 16
+MAX_SIDE = 3840
+MAX_RATIO = 3
+MIN_PIXELS = 655_360
+MAX_PIXELS = 8_294_400
+
+# Format as the API spells it: suffixes (the first is ours) and media type.
+FORMATS = {
+    "png": (("png",), "image/png"),
+    "jpeg": (("jpg", "jpeg", "jpe"), "image/jpeg"),
+    "webp": (("webp",), "image/webp"),
+    "gif": (("gif",), "image/gif"),
+    "svg": (("svg",), "image/svg+xml"),
+}
+SUFFIX_FORMATS = {suffix: name for name, row in FORMATS.items() for suffix in row[0]}
+
+
+class Field(NamedTuple):
+    """One field of the API and its option; `kind` names its reader in Requests."""
+
+    name: str  # as the API spells it; dots nest
+    option: str
+    metavar: str
+    help: str
+    kind: str = "choice"
+    values: tuple[str, ...] = ()
+    endpoints: str = "generations edits"
+    short: str = ""
+
+    @property
+    def dest(self) -> str:
+        """The attribute that argparse stores it under."""
+        return self.option.lstrip("-").replace("-", "_")
+
+
+# SDK types image_generate_params.py and image_edit_params.py of 3.52.0. A new field is one row.
+FIELDS = (
+    Field("model", "--model", "NAME", f"default {DEFAULT_MODEL}", "text", short="-m"),
+    Field(
+        "size", "--size", "SIZE", "auto, 1536x1024, 2K, 16:9, 16:9@4K, story@2K", "size", short="-s"
+    ),
+    Field(
+        "quality",
+        "--quality",
+        "LEVEL",
+        "auto, low (drafts), medium, high (finals); xhigh, max: 2.5 and 2.6",
+        values=("auto", "low", "medium", "high", "xhigh", "max"),
+    ),
+    Field("n", "--n", "1..10", "how many pictures", "count", ("1", "10"), short="-n"),
+    Field(
+        "output_format",
+        "--format",
+        "TYPE",
+        "png, jpeg, webp, gif or svg (default: what the -o suffix says, else the server's)",
+        values=("png", "jpeg", "webp", "gif", "svg"),
+        short="-f",
+    ),
+    Field("output_compression", "--compression", "0..100", "jpeg, webp", "count", ("0", "100")),
+    Field(
+        "background",
+        "--background",
+        "KIND",
+        "auto, opaque or transparent (png, webp)",
+        values=("auto", "opaque", "transparent"),
+    ),
+    Field("moderation", "--moderation", "LEVEL", "auto or low", values=("auto", "low")),
+    Field(
+        "complexity",
+        "--complexity",
+        "LEVEL",
+        "low, medium or high (2.6)",
+        values=("low", "medium", "high"),
+    ),
+    Field("frame_count", "--frame-count", "2..16", "gif", "count", ("2", "16")),
+    Field("frame_duration_ms", "--frame-duration-ms", "MS", "gif", "count", ("1", "60000")),
+    Field("svg.model", "--svg-model", "NAME", "the model that writes the svg", "text"),
+    Field(
+        "svg.reasoning.effort",
+        "--svg-effort",
+        "LEVEL",
+        "none, minimal, low, medium, high, xhigh or max",
+        values=("none", "minimal", "low", "medium", "high", "xhigh", "max"),
+    ),
+    Field("safety_identifier", "--safety-identifier", "ID", "a stable id of your end user", "text"),
+    Field("user", "--user", "ID", "the older name of --safety-identifier", "text"),
+    Field(
+        "response_format",
+        "--response-format",
+        "KIND",
+        "url or b64_json; relays only",
+        values=("url", "b64_json"),
+    ),
+    Field(
+        "input_fidelity",
+        "--input-fidelity",
+        "LEVEL",
+        "low or high; 1.5 and 1-mini only",
+        values=("low", "high"),
+        endpoints="edits",
+    ),
+)
+
+
+class CurlExit(NamedTuple):
+    """What one exit code of curl means when no whole answer came."""
+
+    sentence: str
+    hint: str = ""
+    retry: bool = False  # worth another try where nothing was sent
+
+
+# Codes seen with ten curl versions from 7.29 to 8.20, 2026-11-21.
+CURL_EXITS = {
+    1: CurlExit("the server did not answer in HTTP", "check base_url"),
+    2: CurlExit("curl refused its settings", "this is a bug, or a very old curl"),
+    3: CurlExit("curl found the URL malformed", "check base_url"),
+    5: CurlExit("the proxy's name could not be resolved", "check proxy", True),
+    6: CurlExit("the host's name could not be resolved", "check base_url and the network", True),
+    7: CurlExit("nothing accepts connections there", "check base_url, network, proxy", True),
+    16: CurlExit("the connection broke (HTTP/2)"),
+    18: CurlExit("the answer was cut off"),
+    23: CurlExit("the answer could not be written", "the disk is full or the folder is gone"),
+    26: CurlExit("curl could not read a file that it was to send"),
+    27: CurlExit("curl ran out of memory"),
+    28: CurlExit("no full answer came in time", "raise --timeout or lower --quality"),
+    33: CurlExit("the server does not resume downloads"),
+    35: CurlExit("the TLS handshake failed", "plain http behind https? a proxy?", True),
+    47: CurlExit("too many redirects"),
+    52: CurlExit("the connection closed without an answer"),
+    55: CurlExit("the connection broke while sending"),
+    56: CurlExit("the connection broke while receiving"),
+    60: CurlExit("the server's certificate is not trusted", "set cacert to its CA file"),
+    63: CurlExit("the file is larger than the limit"),
+    77: CurlExit("the CA file cannot be read", "check cacert"),
+    92: CurlExit("the connection broke (HTTP/2)"),
+    97: CurlExit("the proxy refused the connection", "check proxy"),
+    100: CurlExit("the answer's headers are absurdly large"),
+}
+CONNECT_TIMEOUT = CurlExit("no connection in time", "check base_url, network, proxy", True)
+
+# The API's error codes (SDK, and threads named in each hint's place): exit code, hint.
+POLICY_HINT = "the content policy refused it: change the prompt or the pictures"
+QUOTA_HINT = "add credit or raise the limit of this account"
+BUSY_HINT = "wait and run the same command again"
+API_ERRORS = {
+    "moderation_blocked": (EXIT_POLICY, POLICY_HINT),
+    "content_policy_violation": (EXIT_POLICY, POLICY_HINT),
+    "billing_hard_limit_reached": (EXIT_LIMIT, QUOTA_HINT),
+    "insufficient_quota": (EXIT_LIMIT, QUOTA_HINT),
+    "insufficient_user_quota": (EXIT_LIMIT, QUOTA_HINT),
+    "credit_balance_exhausted": (EXIT_LIMIT, QUOTA_HINT),
+    "organization_spend_limit_exceeded": (EXIT_LIMIT, QUOTA_HINT),
+    "project_spend_limit_exceeded": (EXIT_LIMIT, QUOTA_HINT),
+    "organization_usage_limit_exceeded": (EXIT_LIMIT, QUOTA_HINT),
+    "rate_limit_exceeded": (EXIT_LIMIT, BUSY_HINT),
+    "slow_down": (EXIT_LIMIT, BUSY_HINT),
+    "server_is_overloaded": (EXIT_LIMIT, BUSY_HINT),
+    "invalid_api_key": (EXIT_AUTH, "check the key: config --check"),
+    "model_not_found": (EXIT_REFUSED, "check --model"),
+    "unknown_parameter": (EXIT_REFUSED, "leave out the option that the server does not know"),
+    "duplicate_parameter": (EXIT_REFUSED, "try --image-field 'image[]'"),
+    "invalid_value": (EXIT_REFUSED, ""),
+    "invalid_image_file": (EXIT_REFUSED, ""),
+    "invalid_input_fidelity_model": (EXIT_REFUSED, "leave out --input-fidelity"),
+    "invalid_request_error": (EXIT_REFUSED, ""),
+}
+OVERLOAD_CODES = ("slow_down", "server_is_overloaded")
+POLICY_MARK = "safety_violations="
+UNVERIFIED_MARK = "must be verified"
+STATUS_EXITS = {401: EXIT_AUTH, 402: EXIT_LIMIT, 403: EXIT_AUTH, 429: EXIT_LIMIT}
+STATUS_HINTS = {
+    401: "check the key: config --check",
+    402: QUOTA_HINT,
+    403: "the key or its organisation may not do this",
+    404: "check base_url and --model",
+    405: "check base_url",
+    413: "the pictures are too large for this server",
+    429: BUSY_HINT,
+}
+# A gateway in front of the server gave up; Cloudflare does so after about 100 s (new-api#4478).
+GATEWAY_STATUSES = (502, 504, 520, 521, 522, 523, 524)
+GATEWAY_HINT = "a gateway cut it; --stream --partial-images 1 keeps the line busy"
+
+# Words that stand where a key belongs in examples.
+PLACEHOLDER_KEY = re.compile(
+    r"(sk|hk)-(\.{2,}|…|x{3,}|your.*)|your[-_ ]?.*key.*|<.*>|\$\{?\w*\}?|.*api[-_]key[-_]here", re.I
+)
+BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+UNPRINTABLE = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029{BIDI_CONTROLS}]")
+
+################################################################################
+# Failures
+################################################################################
+# One exception for everything that a user, a server or a disk can cause; main prints it, once.
+
+
+class Failure(Exception):
+    """An expected failure: what happened (fact, value), the way out, and the exit code."""
+
+    def __init__(
+        self,
+        message: str,
+        exit_code: int = EXIT_USAGE,
+        *,
+        code: str = "",
+        hint: str = "",
+        maybe_billed: bool = False,
+        http_status: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.exit_code = exit_code
+        self.code = code or OUR_CODES.get(exit_code, "failed")
+        self.hint = hint
+        self.maybe_billed = maybe_billed
+        self.http_status = http_status
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+# The closed list of `error.code` values that are ours, where the API gives none.
+OUR_CODES = {
+    EXIT_REFUSED: "refused",
+    EXIT_USAGE: "usage",
+    EXIT_CONFIG: "config",
+    EXIT_AUTH: "unauthorized",
+    EXIT_POLICY: "content_policy",
+    EXIT_LIMIT: "limit",
+    EXIT_NETWORK: "network",
+    EXIT_UNKNOWN: "unknown_outcome",
+    EXIT_PARTIAL: "partly_saved",
+    EXIT_UNSAVED: "not_saved",
+}
+
+
+class Interrupted(BaseException):
+    """A signal asked us to stop. Not an Exception, so that no handler for faults eats it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def config_failure(message: str, hint: str = "") -> Failure:
+    """Return the failure for settings, key or curl: exit 3, nothing sent."""
+    return Failure(message, EXIT_CONFIG, hint=hint)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the closest known word, or nothing."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word.lower(), list(known), 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def os_reason(error: OSError) -> str:
+    """Return the system's words for a fault, lower case: `no space left on device`."""
+    return (error.strerror or str(error)).lower()
+
+
+################################################################################
+# Values
+################################################################################
+# What flows down the pipeline. A Request is checked when it exists; nothing below re-checks it.
+
+
+class PictureInfo(NamedTuple):
+    """What a file's own bytes say: format as the API spells it, pixels, alpha, end marker seen."""
+
+    format: str
+    width: int
+    height: int
+    alpha: bool
+    whole: bool
+
+
+class Attachment(NamedTuple):
+    """One file of an edit: the part's name, where it lies (or its bytes, for a drawn mask)."""
+
+    field: str  # image, mask or markup
+    path: str
+    info: PictureInfo
+    size: int  # bytes
+    sha256: str
+    data: bytes | None = None
+
+
+class Request(NamedTuple):
+    """A checked request: exactly what is sent, in the order in which it is sent."""
+
+    command: str  # generate or edit
+    endpoint: str  # generations or edits
+    fields: tuple[tuple[str, Any], ...]  # API names, dots nest; the prompt among them
+    files: tuple[Attachment, ...] = ()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of one field."""
+        return dict(self.fields).get(name, default)
+
+    @property
+    def total(self) -> int:
+        """How many pictures are asked for."""
+        n = self.get("n", 1)
+        return n if isinstance(n, int) and n > 0 else 1
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """The size asked for as (width, height), or None for auto."""
+        match = re.fullmatch("([0-9]+)x([0-9]+)", str(self.get("size", "")))
+        return (int(match[1]), int(match[2])) if match else None
+
+
+class Target(NamedTuple):
+    """Where the pictures go: one exact name, generated names in a folder, or standard output."""
+
+    folder: str  # absolute
+    name: str  # "" means generated names
+    stems: tuple[str, ...]  # generated names without suffix
+    planned: int
+    force: bool = False
+    stdout: bool = False
+
+    def path(self, index: int, suffix: str) -> str:
+        """Return the planned path of picture `index` (from 0), whose bytes ask for `suffix`."""
+        if not self.name:
+            stem = self.stems[index] if index < len(self.stems) else f"{self.stems[0]}-{index + 1}"
+            return os.path.join(self.folder, f"{stem}.{suffix}")
+        stem, dot_suffix = os.path.splitext(self.name)
+        number = f"-{index + 1}" if self.planned > 1 or index else ""
+        return os.path.join(self.folder, f"{stem}{number}{dot_suffix}")
+
+
+class Span(NamedTuple):
+    """A long string that stays in the answer's file: its raw bytes between the quotes."""
+
+    start: int
+    end: int
+
+
+class ImageSource(NamedTuple):
+    """Where one picture of an answer is: base64 text (or its span), or a URL."""
+
+    kind: str  # base64 or url
+    value: str | Span
+    revised_prompt: str | None = None
+
+
+class ApiError(NamedTuple):
+    """An error as the server worded it."""
+
+    code: str
+    message: str
+    type: str = ""
+
+
+class Reply(NamedTuple):
+    """What an answer's body holds, whatever its Content-Type said."""
+
+    kind: str  # json, events, html, text or empty
+    images: tuple[ImageSource, ...] = ()
+    error: ApiError | None = None
+    usage: dict[str, Any] | None = None
+    whole: bool = False  # parsed to its end
+    excerpt: str = ""  # its first characters, for messages
+
+
+class CurlEnd(NamedTuple):
+    """How one curl process ended: its exit code (None: not known) and its own figures."""
+
+    code: int | None
+    status: int = 0
+    sent: int = 0  # bytes of the request that left
+    message: str = ""
+    seconds: float = 0.0
+    signal: int = 0  # the signal for which we stopped it
+
+
+class Verdict(NamedTuple):
+    """What one attempt came to: ok, refused, unsent or unknown (may be billed)."""
+
+    kind: str
+    failure: Failure | None = None
+    retry: bool = False  # certain that it was not served, and worth another try
+    wait: float | None = None  # seconds that the server asked for
+
+
+class Picture(NamedTuple):
+    """One picture on disk."""
+
+    path: str
+    bytes: int
+    format: str
+    width: int
+    height: int
+    sha256: str
+    revised_prompt: str | None = None
+
+
+################################################################################
+# Console
+################################################################################
+# The one door to the terminal: results on stdout, all else on stderr, nothing with a key in it.
+
+
+def printable(text: str, limit: int = 1000) -> str:
+    """Return text as one safe line: no control, escape or bidi characters, no lone surrogates."""
+    text = UNPRINTABLE.sub(" ", text[: 4 * limit]).encode("utf-8", "replace").decode("utf-8")
+    text = text.strip()
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def line_bytes(text: str) -> bytes:
+    """Return a line for a stream: UTF-8, bytes of file names as they are on disk."""
+    try:
+        return f"{text}\n".encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a lone surrogate that is no file name's byte
+        return f"{text}\n".encode("utf-8", "replace")
+
+
+def secret_forms(secret: str) -> list[str]:
+    """Return the spellings in which a server may echo a secret: raw, URL-encoded, base64."""
+    from base64 import b64encode
+    from urllib.parse import quote
+
+    raw = secret.encode("utf-8", "surrogateescape")
+    return [secret, quote(raw, safe=""), b64encode(raw).decode("ascii").rstrip("=")]
+
+
+class Console:
+    """Prints results and messages, and keeps the warnings for the JSON document."""
+
+    def __init__(self, *, quiet: bool = False, verbose: bool = False, json: bool = False) -> None:
+        self.quiet = quiet
+        self.verbose = verbose
+        self.json = json
+        self.warnings: list[str] = []
+        self.secrets: list[str] = []
+        self.stdout_is_data = False  # -o -: the picture's bytes own it
+        self.on_line: Callable[[], None] = lambda: None  # clears a spinner first
+
+    def keep_secret(self, secret: str) -> None:
+        """Blank this text, in all its spellings, in whatever is printed from now on."""
+        if len(secret) >= 4:
+            self.secrets += secret_forms(secret)
+
+    def scrub(self, text: str) -> str:
+        """Return text with every secret blanked."""
+        for secret in self.secrets:
+            text = text.replace(secret, "****")
+        return text
+
+    def error(self, text: str) -> None:
+        """Print one line on stderr, with --quiet too."""
+        self.on_line()
+        write_stream(sys.stderr, line_bytes(UNPRINTABLE.sub(" ", self.scrub(text))))
+
+    def say(self, text: str) -> None:
+        """Print one line on stderr."""
+        if not self.quiet:
+            self.error(text)
+
+    def warn(self, text: str) -> None:
+        """Print a warning once and keep it for the JSON document."""
+        if text not in self.warnings:
+            self.warnings.append(self.scrub(text))
+            self.say(f"{PROGRAM}: warning: {text}")
+
+    def emit(self, text: str) -> None:
+        """Print one line of result on stdout; a stdout that is gone is told on stderr, once."""
+        self.on_line()
+        data = line_bytes(self.scrub(text))
+        if not write_stream(sys.stderr if self.stdout_is_data else sys.stdout, data):
+            self.error(f"{PROGRAM}: stdout is closed or full; it would have said: {text[:500]}")
+
+    def saved(self, picture: Picture) -> None:
+        """Report one saved picture as soon as it is on disk."""
+        if not self.json:
+            kilobytes = max(1, round(picture.bytes / 1024))
+            self.emit(f"Saved: {picture.path} ({kilobytes} KB)")
+
+    def document(self, value: dict[str, Any]) -> None:
+        """Print one JSON document on stdout."""
+        self.emit(json.dumps(value, ensure_ascii=True))
+
+
+def write_stream(stream: Any, data: bytes) -> bool:
+    """Write bytes to stdout or stderr and flush; False where it is closed, full or a dead pipe."""
+    try:
+        stream.buffer.write(data)
+        stream.buffer.flush()
+    except (OSError, ValueError, AttributeError):
+        silence(stream)
+        return False
+    return True
+
+
+def silence(stream: Any) -> None:
+    """Point a broken stream at the null device, so that Python's exit doesn't trip over it."""
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+class Progress:
+    """Shows that a long wait is alive: a spinner on a terminal, a line every 30 s elsewhere."""
+
+    def __init__(self, console: Console, usual: str = "") -> None:
+        self.console = console
+        self.usual = f" (usually {usual})" if usual else ""
+        self.started = time.monotonic()
+        self.live = not console.quiet and bool(sys.stderr) and sys.stderr.isatty()
+        self.live = self.live and os.environ.get("TERM") != "dumb"
+        self.interval = 0.2 if self.live else 30.0
+        self.turns = 0
+        if self.live:
+            console.on_line = self.clear
+
+    def tick(self, received: int) -> None:
+        """Show the seconds so far and the bytes that have come."""
+        seconds = int(time.monotonic() - self.started)
+        text = f"{seconds} s{self.usual}"
+        if received:
+            text = f"{seconds} s, {received // 1024} KB received"
+        self.turns += 1
+        if self.live:
+            mark = "|/-\\"[self.turns % 4]
+            write_stream(sys.stderr, f"\r\x1b[K{mark} {text}".encode())
+        else:
+            self.console.say(f"waiting: {text}")
+
+    def clear(self) -> None:
+        """Take the spinner off the line."""
+        if self.live and self.turns:
+            write_stream(sys.stderr, b"\r\x1b[K")
+
+    def stop(self) -> None:
+        """End the wait."""
+        self.clear()
+        self.console.on_line = lambda: None
+
+
+################################################################################
+# Pictures as bytes
+################################################################################
+# Magic bytes and end markers decide what a file is; the formats' own specifications are the source.
+
+TAIL_BYTES = 64 * 1024  # an end marker may be followed by this much padding
+
+
+def inspect_picture(file: IO[bytes]) -> PictureInfo | None:
+    """Return what the bytes of an open file are, or None for something that is no picture."""
+    file.seek(0, os.SEEK_END)
+    size = file.tell()
+    file.seek(max(0, size - TAIL_BYTES))
+    tail = file.read(TAIL_BYTES)
+    file.seek(0)
+    head = file.read(4096)
+    for inspect in (inspect_png, inspect_jpeg, inspect_webp, inspect_gif, inspect_svg):
+        info = inspect(file, head, tail, size)
+        if info:
+            return info
+    return None
+
+
+def inspect_png(file: IO[bytes], head: bytes, tail: bytes, size: int) -> PictureInfo | None:
+    """PNG: IHDR comes first; alpha is colour type 4 or 6, or a tRNS chunk ahead of the data."""
+    if not head.startswith(b"\x89PNG\r\n\x1a\n") or head[12:16] != b"IHDR":
+        return None
+    width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    alpha = head[25:26] in (b"\x04", b"\x06") or b"tRNS" in head.partition(b"IDAT")[0]
+    return PictureInfo("png", width, height, alpha, b"IEND\xaeB`\x82" in tail)
+
+
+def inspect_jpeg(file: IO[bytes], head: bytes, tail: bytes, size: int) -> PictureInfo | None:
+    """JPEG: walk the segments to the frame header, past any amount of metadata."""
+    if not head.startswith(b"\xff\xd8\xff"):
+        return None
+    position, width, height = 2, 0, 0
+    while True:
+        file.seek(position)
+        segment = file.read(9)
+        if len(segment) < 9 or segment[0] != 0xFF or segment[1] == 0xDA:
+            break
+        if 0xC0 <= segment[1] <= 0xCF and segment[1] not in (0xC4, 0xC8, 0xCC):
+            height = int.from_bytes(segment[5:7], "big")
+            width = int.from_bytes(segment[7:9], "big")
+            break
+        position += 1 if segment[1] == 0xFF else 2 + int.from_bytes(segment[2:4], "big")
+    return PictureInfo("jpeg", width, height, False, b"\xff\xd9" in tail)
+
+
+def inspect_webp(file: IO[bytes], head: bytes, tail: bytes, size: int) -> PictureInfo | None:
+    """WebP: the RIFF length is the end marker; lossy, lossless and extended headers differ."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    whole = int.from_bytes(head[4:8], "little") + 8 <= size
+    kind = head[12:16]
+    if kind == b"VP8X":
+        width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
+        return PictureInfo("webp", width, height, bool(head[20:21] > b"\x0f"), whole)
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        return PictureInfo("webp", width, height, bool(bits >> 28 & 1), whole)
+    width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    return PictureInfo("webp", width, height, False, whole)
+
+
+def inspect_gif(file: IO[bytes], head: bytes, tail: bytes, size: int) -> PictureInfo | None:
+    """GIF: ends in a semicolon byte, at times followed by zeros."""
+    if head[:6] not in (b"GIF87a", b"GIF89a"):
+        return None
+    width, height = (int.from_bytes(head[at : at + 2], "little") for at in (6, 8))
+    return PictureInfo("gif", width, height, False, tail.rstrip(b"\0")[-1:] == b";")
+
+
+SVG_START = re.compile(
+    rb"\s*(?:<\?xml[^>]*\?>|<!--.*?-->|<!DOCTYPE\s+svg[^>\[]*(?:\[[^\]]*\])?\s*>|\s)*<svg[\s>]",
+    re.I | re.S,
+)
+
+
+def inspect_svg(file: IO[bytes], head: bytes, tail: bytes, size: int) -> PictureInfo | None:
+    """SVG: its root element comes first, so that a web page with a drawing in it is none."""
+    text = head[3:] if head.startswith(b"\xef\xbb\xbf") else head
+    start = SVG_START.match(text)
+    if not start:
+        return None
+    tag = text[start.end() - 1 :].partition(b">")[0]
+    numbers = [
+        re.search(rb"\s%s\s*=\s*[\"']([\d.]+)(?:px)?[\"']" % k, tag) for k in (b"width", b"height")
+    ]
+    box = re.search(rb"\sviewBox\s*=\s*[\"'][-\d.]+[ ,]+[-\d.]+[ ,]+([\d.]+)[ ,]+([\d.]+)", tag)
+    if numbers[0] and numbers[1]:
+        sides = (numbers[0][1], numbers[1][1])
+    else:
+        sides = (box[1], box[2]) if box else (b"0", b"0")
+    width, height = (round(float(side)) if side.count(b".") < 2 else 0 for side in sides)
+    return PictureInfo("svg", width, height, True, b"</svg>" in tail)
+
+
+def draw_mask(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
+    """Return a PNG of an opaque black picture with one transparent box (x, y, width, height)."""
+    left, top, box_width, box_height = box
+    solid = b"\0" + b"\0\0\0\xff" * width
+    holed = bytearray(solid)
+    holed[1 + 4 * left : 1 + 4 * (left + box_width)] = bytes(4 * box_width)
+    rows = solid * top + bytes(holed) * box_height + solid * (height - top - box_height)
+    return encode_png(width, height, 6, rows)
+
+
+def encode_png(width: int, height: int, color_type: int, rows: bytes, level: int = 6) -> bytes:
+    """Return a PNG of 8-bit rows, each led by its filter byte."""
+    from struct import pack
+    from zlib import compress, crc32
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return pack(">I", len(data)) + kind + data + pack(">I", crc32(kind + data))
+
+    header = pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", compress(rows, level)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+################################################################################
+# Sizes
+################################################################################
+# From any spelling to the WIDTHxHEIGHT that is sent, and the rule that it must keep.
+
+
+def size_fault(width: int, height: int) -> str:
+    """Return the rule that a size breaks, or nothing. Source: the flexible rule in Facts."""
+    if width % SIDE_STEP or height % SIDE_STEP or not width or not height:
+        return f"both sides must be multiples of {SIDE_STEP}"
+    if max(width, height) > MAX_SIDE:
+        return f"the longest side may be {MAX_SIDE}"
+    if max(width, height) > MAX_RATIO * min(width, height):
+        return f"the ratio may be {MAX_RATIO}:1 at most"
+    if width * height < MIN_PIXELS:
+        return f"it needs at least {MIN_PIXELS} pixels"
+    if width * height > MAX_PIXELS:
+        return f"it may have {MAX_PIXELS} pixels at most"
+    return ""
+
+
+def legal_sizes() -> list[tuple[int, int]]:
+    """Return every legal size: about 29,000, so only where something is to be searched."""
+    sides = range(SIDE_STEP, MAX_SIDE + 1, SIDE_STEP)
+    return [(width, height) for width in sides for height in sides if not size_fault(width, height)]
+
+
+def nearest_size(width: int, height: int) -> tuple[int, int]:
+    """Return the legal size with least ln²(w/W) + ln²(h/H); on a tie the larger."""
+    from math import log
+
+    def distance(size: tuple[int, int]) -> tuple[float, int]:
+        error = log(size[0] / max(width, 1)) ** 2 + log(size[1] / max(height, 1)) ** 2
+        return round(error, 12), -size[0] * size[1]
+
+    return min(legal_sizes(), key=distance)
+
+
+def ratio_size(across: int, down: int, tier: int) -> tuple[int, int]:
+    """Return the size of a ratio at a tier (0 to 2): the table's, else the computed one.
+
+    Of the legal sizes within 1 % of the ratio the one of nearest area, else the nearest ratio.
+    """
+    from math import log
+
+    for ratio, _, *sizes in SIZES:
+        first, second = (int(side) for side in ratio.split(":"))
+        if first * down == second * across:
+            return sizes[tier]
+
+    def stretch(size: tuple[int, int]) -> float:
+        return abs(log(size[0] * down / (size[1] * across)))
+
+    def area_gap(size: tuple[int, int]) -> float:
+        return abs(log(size[0] * size[1] / TIER_PIXELS[tier]))
+
+    legal = legal_sizes()
+    close = [size for size in legal if stretch(size) <= log(1.01)]
+    if close:
+        return min(close, key=lambda size: (area_gap(size), stretch(size)))
+    return min(legal, key=lambda size: (stretch(size), area_gap(size)))
+
+
+def parse_size(spelling: str) -> tuple[int, int] | None:
+    """Return (width, height) in pixels of a spelling, or None for auto; the rule isn't checked.
+
+    Takes auto, WIDTHxHEIGHT, a tier, a ratio, a name, and RATIO@TIER or NAME@TIER.
+    Raises ValueError, with a sentence, for anything else.
+    """
+    text = spelling.strip()
+    exact = re.fullmatch(r"([0-9]{1,5})\s*[x×X*]\s*([0-9]{1,5})", text)
+    if exact:
+        return int(exact[1]), int(exact[2])
+    shape, at, tier_name = text.partition("@")
+    if not at and shape.upper() in TIERS:
+        shape, tier_name = "square", shape
+    tier = TIERS.index((tier_name or "1K").upper()) if (tier_name or "1K").upper() in TIERS else -1
+    ratio = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", shape)
+    names = {row[1]: row[2:] for row in SIZES}
+    if text.lower() == "auto":
+        return None
+    if tier >= 0 and ratio and int(ratio[1]) and int(ratio[2]):
+        return ratio_size(int(ratio[1]), int(ratio[2]), tier)
+    if tier >= 0 and (not at or tier_name) and shape.lower() in names:
+        return names[shape.lower()][tier]
+    known = [*names, *TIERS, *(row[0] for row in SIZES), "auto"]
+    raise ValueError(
+        f"size {spelling!r} is not auto, WIDTHxHEIGHT, 1K, 2K, 4K, a ratio like 16:9 or 16:9@4K, "
+        f"or a name like story@2K{nearest(shape if tier >= 0 else text, known)}"
+    )
+
+
+def size_text(size: tuple[int, int] | None) -> str:
+    """Return a size as the API spells it."""
+    return f"{size[0]}x{size[1]}" if size else "auto"
+
+
+################################################################################
+# Settings
+################################################################################
+# Each setting: flag > config file (profile over top level) > environment > default, key by key.
+# Reads the environment and the config file; runs api_key_command; sends nothing.
+
+Layer = Tuple[str, Dict[str, Any]]  # a name to show, and its settings
+
+
+def read_digits(text: Any, low: int, high: int) -> int:
+    """Return a whole number written in ASCII digits within bounds; ValueError says what is."""
+    if isinstance(text, bool) or not re.fullmatch("[0-9]{1,9}", str(text)):
+        raise ValueError(f"{text!r} is not a whole number from {low} to {high}")
+    if not low <= int(text) <= high:
+        raise ValueError(f"{text} is outside {low} to {high}")
+    return int(text)
+
+
+def read_seconds(text: Any) -> int:
+    """Return seconds from 1 to a day."""
+    return read_digits(text, 1, 86400)
+
+
+def read_retries(text: Any) -> int:
+    """Return how often something that was surely not served is tried again."""
+    return read_digits(text, 0, 20)
+
+
+def read_truth(value: Any) -> bool:
+    """Return a yes or no, as JSON or as an environment spells it."""
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if str(value).lower() not in known:
+        raise ValueError(f"{value!r} is neither true nor false")
+    return known[str(value).lower()]
+
+
+def read_text(value: Any) -> str:
+    """Return a text without control characters."""
+    if not isinstance(value, str) or UNPRINTABLE.search(value):
+        raise ValueError(f"{value!r} is not a text without control characters")
+    return value.strip()
+
+
+def read_secret(value: Any) -> str:
+    """Return a key as it stands; a bad one is never shown."""
+    if not isinstance(value, str):
+        raise ValueError("it is not a text")
+    return value
+
+
+def read_object(value: Any) -> dict[str, Any]:
+    """Return a JSON object, which an environment variable holds as text."""
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+def read_headers(value: Any) -> dict[str, str]:
+    """Return extra request headers; names and values that could forge another are refused."""
+    headers = read_object(value)
+    for name, text in headers.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or not isinstance(text, str):
+            raise ValueError(f"{printable(name)!r} is not a header name with a text")
+        if re.search(r"[^\x20-\x7e]", text):
+            raise ValueError(f"the value of header {name} holds characters that a header may not")
+    return headers
+
+
+def read_auth_header(value: Any) -> str:
+    """Return `Name` or `Name: Scheme`, the header that carries the key."""
+    text = read_text(value)
+    if not re.fullmatch(r"[A-Za-z0-9-]+(: ?[A-Za-z0-9-]+)?", text):
+        raise ValueError(f"{text!r} is neither a header name nor 'Name: Scheme'")
+    return text
+
+
+def read_command(value: Any) -> list[str]:
+    """Return the words of a command, which is run without a shell."""
+    from shlex import split
+
+    words = split(value) if isinstance(value, str) else value
+    if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
+        raise ValueError("it is neither a command line nor a list of words")
+    return words
+
+
+def read_choice(*values: str) -> Callable[[Any], str]:
+    """Return a reader that takes one word of a closed set."""
+
+    def read(value: Any) -> str:
+        if value not in values:
+            close = nearest(str(value), values)
+            raise ValueError(f"{value!r} is not one of {', '.join(values)}{close}")
+        return str(value)
+
+    return read
+
+
+# Every setting: its reader and its default.
+SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "base_url": (read_text, None),
+    "provider": (read_choice(*PROVIDERS), None),
+    "api_key": (read_secret, None),
+    "api_key_env": (read_text, None),
+    "api_key_command": (read_command, None),
+    "model": (read_text, None),
+    "size": (read_text, None),
+    "quality": (read_text, None),
+    "format": (read_text, None),
+    "output_dir": (read_text, "."),
+    "timeout": (read_seconds, 600),
+    "connect_timeout": (read_seconds, 20),
+    "retries": (read_retries, 2),
+    "allow_http": (read_truth, False),
+    "headers": (read_headers, {}),
+    "auth_header": (read_auth_header, None),
+    "image_field": (read_choice("auto", "image", "image[]"), "auto"),
+    "proxy": (read_text, None),
+    "cacert": (read_text, None),
+    "user_agent": (read_text, f"{PROGRAM}/{__version__}"),
+    "prices": (read_object, None),
+    "history": (read_truth, True),
+    "profile": (read_text, None),
+    "profiles": (read_object, {}),
+}
+KEY_SETTINGS = ("api_key_command", "api_key_env", "api_key")  # the first that gives one
+SECRET_NAMES = re.compile(r"auth|key|token|secret|cookie|password", re.I)
+
+
+class Setting(NamedTuple):
+    """One resolved setting: its value, where it came from, and which others it hides."""
+
+    value: Any
+    source: str
+    hides: tuple[str, ...] = ()
+
+
+class BaseUrl(NamedTuple):
+    """A normal base URL: `origin` is scheme, host and port, which a key belongs to."""
+
+    url: str
+    scheme: str
+    host: str
+    port: int
+
+    @property
+    def origin(self) -> tuple[str, str, int]:
+        """What must be equal for a key to go along."""
+        return self.scheme, "localhost" if self.loopback else self.host, self.port
+
+    @property
+    def loopback(self) -> bool:
+        """Whether the host is this machine, in any spelling."""
+        return is_loopback(self.host)
+
+
+class Settings(NamedTuple):
+    """What the rest of the program needs of the settings; `table` is for config --show."""
+
+    base: BaseUrl
+    provider: Provider
+    key: str | None
+    key_source: str
+    timeout: int
+    connect_timeout: int
+    retries: int
+    headers: tuple[tuple[str, str], ...]
+    auth_header: str
+    image_field: str
+    proxy: str | None
+    cacert: str | None
+    user_agent: str
+    output_dir: str
+    prices: dict[str, Any] | None
+    history: bool
+    table: dict[str, Setting]
+    allow_private: bool = False
+    sandbox: bool = False
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address is this machine itself."""
+    host = host.strip("[]").lower().rstrip(".")
+    return bool(
+        host == "localhost" or host == "::1" or re.fullmatch(r"127(\.[0-9]{1,3}){1,3}", host)
+    )
+
+
+def parse_base_url(text: str) -> BaseUrl:
+    """Return the normal form of a base URL as a person types or pastes it; ValueError says why not.
+
+    No scheme means https (http on loopback), a bare host gets /v1, a pasted endpoint is cut.
+    """
+    url = text.strip()
+    if "@" in url.partition("://")[2].partition("/")[0] or re.match(r"[^/]*:[^/]*@", url):
+        raise ValueError("it holds user:password@; use api_key or headers instead")
+    if re.search(r"[^!-~]|[\"'{}<>\\^`|#?]", url):
+        raise ValueError("it holds a character that a base URL may not")
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        host_only = re.split(r"[:/]", url)[0] if not url.startswith("[") else url.split("]")[0]
+        scheme, rest = ("http" if is_loopback(host_only) else "https"), url
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?(/.*)?", rest)
+    if scheme.lower() not in ("http", "https") or not match:
+        raise ValueError("it is not http(s)://HOST[:PORT][/PATH]")
+    port = int(match[2] or (443 if scheme.lower() == "https" else 80))
+    if not 0 < port < 65536:
+        raise ValueError(f"{port} is no port")
+    path = (match[3] or "").rstrip("/")
+    path = re.sub(r"(/images(/(generations|edits))?|/models|/chat/completions)$", "", path)
+    where = match[1].lower() + (f":{match[2]}" if match[2] else "")
+    full = f"{scheme.lower()}://{where}{path.rstrip('/') or '/v1'}"
+    return BaseUrl(full, scheme.lower(), match[1].lower().strip("[]"), port)
+
+
+def find_provider(host: str) -> Provider:
+    """Return the provider whose host this is, else generic."""
+    for provider in PROVIDERS.values():
+        for known in provider.hosts:
+            if host == known or (known.startswith(".") and host.endswith(known)):
+                return provider
+    return PROVIDERS["generic"]
+
+
+def config_places(env: dict[str, str]) -> list[str]:
+    """Return where a config file may lie, the first that exists winning."""
+    home = os.path.expanduser("~")
+    xdg = env.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
+    return [
+        os.path.join(xdg, "gpt-image-2", "config.json"),
+        os.path.join(home, ".config", "gpt-image-2", "config.json"),
+        os.path.join(home, ".gpt-image-2-config.json"),
+        os.path.join(home, ".hermes", "gpt-image-2-config.json"),
+    ]
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Return a config file's object; Failure (exit 3) where it can't be read or is none."""
+    try:
+        with open(path, "rb") as file:
+            value = json.loads(file.read(MEGABYTE).decode("utf-8-sig"))
+    except OSError as error:
+        raise config_failure(f"cannot read {printable(path)}: {os_reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        why = printable(str(error))
+        raise config_failure(f"{printable(path)} is not valid JSON: {why}", "repair it") from None
+    if not isinstance(value, dict):
+        raise config_failure(f"{printable(path)} does not hold a JSON object", "see config --init")
+    return value
+
+
+def check_config(path: str, config: dict[str, Any], console: Console) -> None:
+    """Warn of keys that nobody knows and of a file that others can read."""
+    profiles = config.get("profiles")
+    for part in (config, *(profiles.values() if isinstance(profiles, dict) else ())):
+        for key in part if isinstance(part, dict) else ():
+            if key not in SETTINGS:
+                close = nearest(key, SETTINGS)
+                console.warn(f"{printable(path)}: unknown setting {printable(key)!r}{close}")
+    if os.name == "posix" and os.stat(path).st_mode & 0o077:
+        console.warn(f"others can read {printable(path)}; run: chmod 600 {quoted(path)}")
+
+
+def quoted(text: str) -> str:
+    """Return text as one word of a shell line."""
+    from shlex import quote
+
+    return quote(text)
+
+
+def find_config(flag: str | None, env: dict[str, str]) -> str | None:
+    """Return the config file in force: the one named, else the first that exists, else None."""
+    named = flag or env.get("GPT_IMAGE2_CONFIG")
+    if named:
+        return os.path.abspath(os.path.expanduser(named))
+    return next((path for path in config_places(env) if os.path.lexists(path)), None)
+
+
+def environment_layer(env: dict[str, str]) -> Layer:
+    """Return what the environment sets; an empty variable sets nothing."""
+    found = {key: env.get(f"GPT_IMAGE2_{key.upper()}") for key in SETTINGS}
+    return "environment", {key: value for key, value in found.items() if value}
+
+
+def file_layers(path: str | None, profile: str | None, console: Console) -> list[Layer]:
+    """Return the chosen profile's settings and the config file's own, in that order."""
+    if not path:
+        if profile:
+            raise config_failure(f"there is no config file to hold profile {profile!r}")
+        return []
+    config = read_config(path)
+    check_config(path, config, console)
+    name = profile or config.get("profile")
+    if not name:
+        return [(path, config)]
+    profiles = config.get("profiles")
+    known = profiles if isinstance(profiles, dict) else {}
+    if not isinstance(name, str) or not isinstance(known.get(name), dict):
+        close = nearest(str(name), known)
+        has = ", ".join(known) or "none"
+        raise config_failure(f"{path} has no profile {name!r}; it has: {printable(has)}{close}")
+    return [(f"{path} (profile {name})", known[name]), (path, config)]
+
+
+def setting_source(layer: str, key: str) -> str:
+    """Return the name that `config --show` gives to the place of one setting."""
+    if layer == "environment":
+        return f"GPT_IMAGE2_{key.upper()}"
+    return f"--{key.replace('_', '-')}" if layer == "flag" else layer
+
+
+def resolve_setting(key: str, layers: Sequence[Layer]) -> Setting:
+    """Return one setting from the first layer that has it, parsed; Failure names a bad value."""
+    read, default = SETTINGS[key]
+    holders = [(name, layer[key]) for name, layer in layers if layer.get(key) is not None]
+    if not holders:
+        return Setting(default, "default")
+    name, raw = holders[0]
+    try:
+        value = read(raw)
+    except ValueError as error:
+        source = setting_source(name, key)
+        exit_code = EXIT_USAGE if name == "flag" else EXIT_CONFIG
+        raise Failure(f"{source}: {key}: {printable(str(error))}", exit_code) from None
+    hides = tuple(setting_source(other, key) for other, _ in holders[1:])
+    return Setting(value, setting_source(name, key), hides)
+
+
+def resolve_base(table: dict[str, Setting], env: dict[str, str]) -> Setting:
+    """Return the base URL in force as a BaseUrl, with its source."""
+    setting = table["base_url"]
+    if setting.value is None and env.get("OPENAI_BASE_URL"):
+        setting = Setting(env["OPENAI_BASE_URL"], "OPENAI_BASE_URL")
+    elif env.get("OPENAI_BASE_URL"):
+        setting = setting._replace(hides=(*setting.hides, "OPENAI_BASE_URL"))
+    if setting.value is None:
+        provider = PROVIDERS.get(table["provider"].value or "openai")
+        if not provider or not (provider.base_url or provider.name == "generic"):
+            raise config_failure("provider azure needs a base_url", "see config --init")
+        setting = Setting(provider.base_url or OPENAI_URL, f"provider {provider.name}")
+    try:
+        return setting._replace(value=parse_base_url(setting.value))
+    except ValueError as error:
+        message = f"{setting.source}: the base URL is not usable: {error}"
+        raise Failure(message, EXIT_USAGE) from None
+
+
+def clean_key(raw: str, source: str) -> str:
+    """Return a key without the dress it was pasted in; refuse what can't be one, without echo."""
+    key = raw.strip().strip("\ufeff\"'").strip()
+    key = key[7:].strip() if key[:7].lower() == "bearer " else key
+    if not key:
+        return ""
+    if re.search(r"[^!-~]", key):
+        why = "it holds spaces, control characters or non-ASCII characters"
+        raise config_failure(f"the key from {source} is unusable: {why}", "paste it again")
+    if PLACEHOLDER_KEY.fullmatch(key):
+        raise config_failure(f"the key from {source} is a placeholder", "put in the real key")
+    return key
+
+
+def run_key_command(words: list[str], source: str) -> str:
+    """Return what api_key_command prints; Failure where it fails."""
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        why = os_reason(error) if isinstance(error, OSError) else type(error).__name__
+        raise config_failure(f"api_key_command of {source} failed: {why}") from None
+    if done.returncode or not done.stdout.strip():
+        why = f"exit {done.returncode}" if done.returncode else "it printed nothing"
+        raise config_failure(f"api_key_command of {source} failed: {why}")
+    return done.stdout.decode("utf-8", "replace").strip().splitlines()[0]
+
+
+def layer_key(name: str, layer: dict[str, Any], env: dict[str, str], console: Console) -> str:
+    """Return the key that one layer gives: command, then variable, then the text itself."""
+    for setting in KEY_SETTINGS:
+        value = resolve_setting(setting, [(name, layer)]).value
+        source = setting_source(name, setting)
+        if setting == "api_key_command" and value:
+            return clean_key(run_key_command(value, source), source)
+        if setting == "api_key_env" and value:
+            key = clean_key(env.get(value, ""), f"${value}")
+            if key:
+                return key
+            console.warn(f"{source}: api_key_env names {value}, which is empty")
+        elif value:
+            return clean_key(value, source)
+    return ""
+
+
+def layer_origin(index: int, layers: Sequence[Layer]) -> tuple[str, str, int]:
+    """Return the origin that the keys of a file layer belong to: its own base URL's, or OpenAI's."""
+    for _, layer in layers[index:]:
+        provider = PROVIDERS.get(str(layer.get("provider")))
+        url = layer.get("base_url") or (provider.base_url if provider else "")
+        if url:
+            try:
+                return parse_base_url(str(url)).origin
+            except ValueError:
+                return ("", "", 0)
+    return parse_base_url(OPENAI_URL).origin
+
+
+def choose_key(
+    base: BaseUrl, flag: str | None, files: list[Layer], env: dict[str, str], console: Console
+) -> tuple[str | None, str]:
+    """Return the key that may go to `base` and where it came from; (None, why not) without one.
+
+    A file's key goes only to that file's base URL, OPENAI_API_KEY only to OPENAI_BASE_URL or
+    OpenAI; a flag's and GPT_IMAGE2_API_KEY's go to whatever base URL is in force.
+    """
+    if flag is not None:
+        key = clean_key(flag, "--api-key")
+        if not key:
+            raise Failure("--api-key is empty")
+        return key, "--api-key"
+    kept = ""
+    for index, (name, layer) in enumerate(files):
+        if not any(layer.get(setting) for setting in KEY_SETTINGS):
+            continue
+        if layer_origin(index, files) != base.origin:
+            kept = kept or f"the key of {printable(name)} belongs to another host and is not sent"
+            continue
+        key = layer_key(name, layer, env, console)
+        if key:
+            return key, name
+    own = {key: env.get(f"GPT_IMAGE2_{key.upper()}") for key in KEY_SETTINGS}
+    key = layer_key("environment", {k: v for k, v in own.items() if v}, env, console)
+    if key:
+        return key, "GPT_IMAGE2_API_KEY"
+    pair = parse_base_url(env.get("OPENAI_BASE_URL") or OPENAI_URL)
+    key = clean_key(env.get("OPENAI_API_KEY", ""), "$OPENAI_API_KEY")
+    if key and pair.origin == base.origin:
+        return key, "OPENAI_API_KEY"
+    if key:
+        kept = kept or f"OPENAI_API_KEY belongs to {pair.host} and is not sent to {base.host}"
+    return None, kept
+
+
+class SettingFlags(NamedTuple):
+    """What of the command line concerns the settings."""
+
+    values: dict[str, Any]  # by setting name
+    config: str | None = None
+    sandbox: bool = False
+    allow_private: bool = False
+
+
+def resolve_settings(flags: SettingFlags, env: dict[str, str], console: Console) -> Settings:
+    """Return the settings in force. Raises Failure: exit 3 for a bad file, 2 for a bad flag."""
+    environment = environment_layer(env)
+    path = find_config(flags.config, env)
+    profile = flags.values.get("profile") or environment[1].get("profile")
+    files = file_layers(path, profile, console)
+    layers = [("flag", flags.values), *files, environment]
+    table = {key: resolve_setting(key, layers) for key in SETTINGS if key not in KEY_SETTINGS}
+    table["base_url"] = resolve_base(table, env)
+    base: BaseUrl = table["base_url"].value
+    named = table["provider"].value
+    provider = PROVIDERS[named] if named else find_provider(base.host)
+    key, source = None, "the sandbox needs no key"
+    if not flags.sandbox:
+        key, source = choose_key(base, flags.values.get("api_key"), files, env, console)
+    for secret in (key, *secret_settings(table)):
+        if secret:
+            console.keep_secret(secret)
+    if flags.values.get("api_key"):
+        console.warn("--api-key can be seen in ps and in the shell's history; use api_key_env")
+    return Settings(
+        base,
+        provider,
+        key,
+        source,
+        headers=tuple(table["headers"].value.items()),
+        auth_header=table["auth_header"].value or provider.auth_header,
+        table=table,
+        sandbox=flags.sandbox,
+        allow_private=flags.allow_private,
+        **{name: table[name].value for name in PLAIN_SETTINGS},
+    )
+
+
+PLAIN_SETTINGS = (
+    "timeout",
+    "connect_timeout",
+    "retries",
+    "image_field",
+    "proxy",
+    "cacert",
+    "user_agent",
+    "output_dir",
+    "prices",
+    "history",
+)
+
+
+def secret_settings(table: dict[str, Setting]) -> list[str]:
+    """Return the secrets that settings other than the key hold: header values, proxy passwords."""
+    headers = table["headers"].value.items()
+    found = [text for name, text in headers if SECRET_NAMES.search(name)]
+    proxy = re.search(r"//[^/@]*:([^/@]*)@", table["proxy"].value or "")
+    return found + ([proxy[1]] if proxy else [])
+
+
+def check_connection(settings: Settings) -> None:
+    """Refuse to go on without a key, with one in clear text, or over http (exit 3 and 2)."""
+    base = settings.base
+    if settings.key is None and not (base.loopback or settings.sandbox):
+        why = settings.key_source or "no API key is set"
+        name = dict(settings.provider.template).get("api_key_env", "")
+        hint = "set GPT_IMAGE2_API_KEY, or run config --init"
+        if name == "OPENAI_API_KEY":
+            hint = "set OPENAI_API_KEY or GPT_IMAGE2_API_KEY, or run config --init"
+        raise Failure(f"{why} ({base.host})", EXIT_CONFIG, code="key_missing", hint=hint)
+    allow_http = settings.table["allow_http"].value
+    if base.scheme == "http" and settings.key and not base.loopback and not allow_http:
+        raise Failure(f"{base.url} would get the key in clear text; use https or --allow-http")
+    for name in ("proxy", "cacert"):
+        value = settings.table[name].value
+        if name == "cacert" and value and not os.path.isfile(os.path.expanduser(value)):
+            raise config_failure(f"cacert {printable(value)} is not a file")
+
+
+################################################################################
+# Requests
+################################################################################
+# From what was asked for to a checked Request. Reads the prompt and the input files; sends nothing.
+
+
+class Args:
+    """The command line as argparse fills it in; fields of the API stand under their option."""
+
+    command: str
+    words: list[str]
+    prompt: str | None = None
+    prompt_file: str | None = None
+    image: list[str] | None = None
+    mask: str | None = None
+    mask_box: tuple[int, int, int, int] | None = None
+    markup: str | None = None
+    param: list[tuple[str, Any]] | None = None
+    nearest_size: bool = False
+    output: str | None = None
+    force: bool = False
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    dry_run: bool = False
+    config: str | None = None
+    sandbox: bool = False
+    allow_private: bool = False
+    new: bool = False
+    retry_unsafe: bool = False
+    init: bool = False
+    show: bool = False
+    check: bool = False
+    port: int = 0
+    list_jobs: bool = False
+    last: bool = False
+    all: bool = False
+    clean: bool = False
+    no_wait: bool = False
+    older_than: int = 0  # seconds
+
+
+class Ask(NamedTuple):
+    """What one job asks for, before any rule is checked: from the command line or a batch line."""
+
+    command: str  # generate or edit
+    prompt: str
+    options: dict[str, Any]  # by API name; a size as it was spelled
+    params: tuple[tuple[str, Any], ...] = ()
+    images: tuple[str, ...] = ()
+    mask: str | None = None
+    mask_box: tuple[int, int, int, int] | None = None
+    markup: str | None = None
+    nearest: bool = False
+
+
+def read_field(field: Field, value: Any) -> Any:
+    """Return the value of an option of the API, checked against its row; ValueError says why not."""
+    if field.kind == "count":
+        return read_digits(value, int(field.values[0]), int(field.values[1]))
+    text = read_text(value)
+    if not text:
+        raise ValueError("it is empty")
+    if field.kind == "choice":
+        text = "jpeg" if field.name == "output_format" and text == "jpg" else text
+        if text not in field.values:
+            close = nearest(text, field.values)
+            past = f"--param {field.name}={quoted(text)} sends it unchecked"
+            raise ValueError(f"{text!r} is not one of {', '.join(field.values)}{close} ({past})")
+    elif field.kind == "size":
+        parse_size(text)
+    return text
+
+
+def read_param(text: str) -> tuple[str, Any]:
+    """Return KEY=VALUE as (dotted API name, value); VALUE is JSON where it parses as JSON."""
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(constant)  # NaN and Infinity are no JSON
+
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
+        raise ValueError(f"{text!r} is not KEY=VALUE with a KEY like quality or svg.model")
+    try:
+        return name, json.loads(value, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def read_mask_box(text: str) -> tuple[int, int, int, int]:
+    """Return X,Y,WIDTH,HEIGHT in pixels of the first image."""
+    match = re.fullmatch(r"([0-9]{1,5}),([0-9]{1,5}),([0-9]{1,5}),([0-9]{1,5})", text)
+    if not match or not int(match[3]) or not int(match[4]):
+        raise ValueError(f"{text!r} is not X,Y,WIDTH,HEIGHT in pixels")
+    return int(match[1]), int(match[2]), int(match[3]), int(match[4])
+
+
+def read_stdin() -> bytes:
+    """Return what standard input holds, as far as a prompt may be long."""
+    try:
+        return sys.stdin.buffer.read(MEGABYTE)
+    except (OSError, ValueError, AttributeError):
+        raise Failure("standard input is closed, so there is no prompt to read") from None
+
+
+def read_prompt_file(path: str) -> str:
+    """Return the prompt in a file, or in standard input for `-`, less a BOM and one newline."""
+    name = "standard input" if path == "-" else path
+    try:
+        if path == "-":
+            data = read_stdin()
+        else:
+            with open(path, "rb") as file:
+                data = file.read(MEGABYTE)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise Failure(f"cannot read the prompt file {path}: {os_reason(error)}") from None
+    except UnicodeDecodeError:
+        raise Failure(f"the prompt in {name} is not UTF-8") from None
+    return re.sub(r"\r?\n\Z", "", text)
+
+
+def read_prompt(args: Args) -> tuple[str, list[str]]:
+    """Return the prompt, from exactly one of its places, and the positional words left over."""
+    words = list(args.words)
+    given = [value for value in (args.prompt, args.prompt_file) if value is not None]
+    if len(given) > 1:
+        raise Failure("--prompt and --prompt-file are both given; pass one of them")
+    if args.prompt is not None:
+        return args.prompt, words
+    if args.prompt_file is not None:
+        return read_prompt_file(args.prompt_file), words
+    if not words:
+        raise Failure("there is no prompt", hint="pass it as the last argument, in quotes")
+    prompt = words.pop()
+    return (read_prompt_file("-") if prompt == "-" else prompt), words
+
+
+def check_prompt(prompt: str, strict: bool, console: Console) -> None:
+    """Refuse a prompt that is blank, holds NUL or isn't text; over-long is certain at OpenAI only."""
+    if not prompt.strip():
+        raise Failure("the prompt is empty")
+    if "\0" in prompt:
+        raise Failure("the prompt holds a NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise Failure("the prompt is not UTF-8 text")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        apply_rule(
+            f"the prompt has {len(prompt)} characters, over {MAX_PROMPT_CHARACTERS}",
+            "strict",
+            strict,
+            console,
+        )
+
+
+def apply_rule(sentence: str, level: str, strict: bool, console: Console) -> None:
+    """Refuse or warn: `refuse` everywhere, `strict` is certain at OpenAI only, else `warn`."""
+    if level == "refuse" or (level == "strict" and strict):
+        raise Failure(sentence)
+    console.warn(sentence)
+
+
+def ask_from_args(args: Args, settings: Settings) -> Ask:
+    """Return what the command line asks for, the settings filling what it leaves open."""
+    prompt, words = read_prompt(args)
+    images = (*words, *(args.image or ())) if args.command == "edit" else ()
+    if args.command == "generate" and words:
+        raise Failure(
+            f"one prompt, please: {len(words) + 1} were given, {words[0]!r} first",
+            hint="put it in quotes; to work on pictures use edit",
+        )
+    options = {f.name: getattr(args, f.dest, None) for f in FIELDS}
+    for field in FIELDS:
+        setting = settings.table.get("format" if field.name == "output_format" else field.name)
+        if setting and setting.value is not None:
+            options[field.name] = read_setting_field(field, setting)
+    if not options["output_format"] and args.output:
+        suffix = os.path.splitext(args.output)[1].lstrip(".").lower()
+        options["output_format"] = SUFFIX_FORMATS.get(suffix)
+    return Ask(
+        args.command,
+        prompt,
+        {name: value for name, value in options.items() if value is not None},
+        tuple(args.param or ()),
+        images,
+        args.mask,
+        args.mask_box,
+        args.markup,
+        args.nearest_size,
+    )
+
+
+def read_setting_field(field: Field, setting: Setting) -> Any:
+    """Return an API field that a setting gives; a bad one in a file is a config failure."""
+    try:
+        return read_field(field, setting.value)
+    except ValueError as error:
+        exit_code = EXIT_USAGE if setting.source.startswith("--") else EXIT_CONFIG
+        raise Failure(f"{setting.source}: {error}", exit_code) from None
+
+
+def build_request(ask: Ask, settings: Settings, console: Console) -> Request:
+    """Return the checked request for one job. Raises Failure (exit 2) for what can't be right."""
+    strict = settings.provider.strict
+    check_prompt(ask.prompt, strict, console)
+    options = {"model": DEFAULT_MODEL, **ask.options}
+    overridden = {name for name, _ in ask.params}
+    model = MODELS.get(options["model"])
+    if "model" not in overridden:
+        check_model(options["model"], settings.provider, console)
+    if ask.command == "edit" and "size" not in options:
+        options["size"] = "auto"  # the documented defaults of this endpoint disagree
+    if "size" in options and "size" not in overridden:
+        options["size"] = check_size(options["size"], model, settings, ask.nearest, console)
+    files = read_attachments(ask, strict, console) if ask.command == "edit" else ()
+    checked = {name: value for name, value in options.items() if name not in overridden}
+    for applies, level, sentence in field_rules(checked, ask, model):
+        if applies:
+            apply_rule(sentence, level, strict, console)
+    if ask.command == "edit" and settings.provider.note:
+        console.warn(settings.provider.note)
+    ordered = {"model": options.pop("model"), "prompt": ask.prompt, **options}
+    fields = overlay_params(ordered, ask.params)
+    endpoint = "edits" if ask.command == "edit" else "generations"
+    return Request(ask.command, endpoint, tuple(fields.items()), files)
+
+
+def check_model(name: str, provider: Provider, console: Console) -> None:
+    """Warn of a model that the table doesn't know, or that is near or past its last day."""
+    model = MODELS.get(name)
+    if model is None:
+        if provider.name != "azure":  # there it is the deployment's name
+            close = nearest(name, MODELS)
+            console.warn(f"model {name} is not in the table of this version; sent as it is{close}")
+    elif model.ends:
+        days = (time.mktime(time.strptime(model.ends, "%Y-%m-%d")) - time.time()) / 86400
+        if days < 60:
+            when = "shuts down" if days > 0 else "was shut down"
+            console.warn(f"OpenAI: {name} {when} on {model.ends}; use {model.successor}")
+
+
+def check_size(
+    spelling: str, model: Model | None, settings: Settings, take_nearest: bool, console: Console
+) -> str:
+    """Return the size to send. Raises Failure with the rule it breaks and the nearest legal size."""
+    try:
+        size = parse_size(spelling)
+    except ValueError as error:
+        raise Failure(str(error)) from None
+    if size is None:
+        return "auto"
+    text = size_text(size)
+    if model and model.sizes:
+        if text not in model.sizes:
+            sizes = ", ".join(model.sizes)
+            sentence = f"size {text} is not one of this model's: {sizes}"
+            apply_rule(sentence, "strict", settings.provider.name == model.owner, console)
+        return text
+    fault = size_fault(*size)
+    if not fault:
+        if size[0] * size[1] > 2560 * 1440:
+            console.say(f"size {text} is above 2560x1440, which the guide calls experimental")
+        return text
+    legal = size_text(nearest_size(*size))
+    if take_nearest:
+        console.say(f"size {text}: {fault}; taking {legal}")
+        return legal
+    sentence = f"size {text}: {fault}; the nearest legal size is {legal} (--nearest-size takes it)"
+    apply_rule(sentence, "refuse" if model else "warn", False, console)
+    return text
+
+
+def field_rules(
+    options: dict[str, Any], ask: Ask, model: Model | None
+) -> Iterator[tuple[bool, str, str]]:
+    """Yield every rule between fields as (does it bite, level, sentence). Source: API.md's table."""
+    family = model.family if model else ""
+    format_ = options.get("output_format", "png")
+    edit = ask.command == "edit"
+    transparent = options.get("background") == "transparent"
+    svg_names = [name for name in options if name.startswith("svg.")]
+    frames = "frame_count" in options or "frame_duration_ms" in options
+    yield transparent and format_ == "jpeg", "refuse", "jpeg can't be transparent; use png or webp"
+    yield (
+        transparent and family == "2",
+        "warn",
+        "transparent is a preview on gpt-image-2; relays may refuse it",
+    )
+    yield (
+        "output_compression" in options and format_ not in ("jpeg", "webp"),
+        "strict",
+        f"--compression is for jpeg and webp, not {format_}",
+    )
+    yield frames and format_ != "gif", "strict", "--frame-count and its like need --format gif"
+    yield bool(svg_names) and format_ != "svg", "strict", "--svg-model and its like need -f svg"
+    yield format_ == "svg" and options.get("n", 1) > 1, "strict", "svg: only one at a time (--n 1)"
+    yield format_ == "gif" and bool(ask.mask or ask.mask_box), "strict", "gif takes no mask"
+    yield (
+        options.get("quality") in ("xhigh", "max") and family not in ("2.5", "2.6", ""),
+        "warn",
+        "quality xhigh and max are known on the 2.5 and 2.6 models only",
+    )
+    yield "complexity" in options and family not in ("2.6", ""), "warn", "complexity is for 2.6"
+    yield bool(ask.markup) and family not in ("2.5", "2.6", ""), "warn", "markup is for 2.5 and 2.6"
+    yield edit and "moderation" in options, "warn", "edits may not take moderation"
+    yield (
+        "response_format" in options,
+        "warn" if edit else "strict",
+        "edits may not take response_format" if edit else "OpenAI refuses response_format",
+    )
+    yield (
+        "input_fidelity" in options and family in ("2", "2.5", "2.6"),
+        "strict",
+        "gpt-image-2 and later refuse input_fidelity",
+    )
+
+
+def overlay_params(fields: dict[str, Any], params: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields with --param laid over them; a parent takes the place of its children."""
+    for name, value in params:
+        for known in [key for key in fields if key.startswith(f"{name}.")]:
+            del fields[known]
+        if any(name.startswith(f"{key}.") for key in fields):
+            raise Failure(f"--param {name}: a field above it is set already")
+        fields[name] = value
+    return fields
+
+
+def read_attachments(ask: Ask, strict: bool, console: Console) -> tuple[Attachment, ...]:
+    """Return the checked input files of an edit: images, then mask or markup."""
+    if not ask.images:
+        raise Failure("edit needs an image", hint='edit IMAGE... "PROMPT"')
+    if len(ask.images) > MAX_INPUT_IMAGES:
+        sentence = f"{len(ask.images)} images are over the limit of {MAX_INPUT_IMAGES}"
+        apply_rule(sentence, "strict", strict, console)
+    overlays = [name for name in ("mask", "mask_box", "markup") if getattr(ask, name)]
+    if len(overlays) > 1:
+        names = " and ".join("--" + name.replace("_", "-") for name in overlays)
+        raise Failure(f"{names} can't go together")
+    files = [read_attachment("image", path) for path in ask.images]
+    for image in files:
+        check_input_image(image, strict, console)
+    first = files[0].info
+    if ask.mask_box:
+        files.append(box_mask(ask.mask_box, first))
+    for field, path in (("mask", ask.mask), ("markup", ask.markup)):
+        if path:
+            files.append(read_attachment(field, path))
+            check_overlay(files[-1], first, strict, console)
+    return tuple(files)
+
+
+def read_attachment(field: str, path: str) -> Attachment:
+    """Return one input file by its bytes' own word; Failure names what is wrong with it."""
+    from hashlib import sha256
+
+    check_path(path)
+    if not os.path.isfile(path):
+        why = "is a folder" if os.path.isdir(path) else "does not exist or is no regular file"
+        raise Failure(f"{field} {path} {why}")
+    try:
+        with open(path, "rb") as file:
+            info = inspect_picture(file)
+            size = file.seek(0, os.SEEK_END)
+            digest = sha256()
+            file.seek(0)
+            for piece in iter(lambda: file.read(WINDOW), b""):
+                digest.update(piece)
+    except OSError as error:
+        raise Failure(f"cannot read {field} {path}: {os_reason(error)}") from None
+    if not info:
+        raise Failure(f"{field} {path} is {'empty' if not size else 'not a picture'}")
+    return Attachment(field, os.path.abspath(path), info, size, digest.hexdigest())
+
+
+def check_input_image(image: Attachment, strict: bool, console: Console) -> None:
+    """Check what the API says of each image: its type and its size in bytes."""
+    if image.info.format not in ("png", "jpeg", "webp"):
+        sentence = f"image {image.path} is {image.info.format}; the API takes png, jpeg and webp"
+        apply_rule(sentence, "strict", strict, console)
+    if image.size >= MAX_INPUT_BYTES:
+        sentence = f"image {image.path} has {image.size} bytes; the API's limit is 50 MB"
+        apply_rule(sentence, "strict", strict, console)
+
+
+def check_overlay(overlay: Attachment, first: PictureInfo, strict: bool, console: Console) -> None:
+    """Check a mask or markup: a PNG with alpha, of the first image's size."""
+    name, info = f"{overlay.field} {overlay.path}", overlay.info
+    if info.format != "png" or not info.alpha:
+        sentence = f"{name} is {info.format} without alpha; it must be a PNG with transparency"
+        if info.format == "png":
+            sentence = f"{name} has no alpha channel; transparent is where the edit goes"
+        apply_rule(sentence, "strict", strict, console)
+    if (info.width, info.height) != (first.width, first.height):
+        sizes = f"{info.width}x{info.height}, the first image {first.width}x{first.height}"
+        apply_rule(f"{name} is {sizes}; they must be equal", "strict", strict, console)
+    if overlay.field == "mask" and overlay.size > MASK_WARN_BYTES:
+        console.warn(f"{name} has {overlay.size} bytes; OpenAI's types say below 4 MB")
+
+
+def box_mask(box: tuple[int, int, int, int], first: PictureInfo) -> Attachment:
+    """Return the mask that --mask-box draws for the first image."""
+    from hashlib import sha256
+
+    x, y, width, height = box
+    if x + width > first.width or y + height > first.height:
+        size = f"{first.width}x{first.height}"
+        raise Failure(f"--mask-box {x},{y},{width},{height} leaves the first image ({size})")
+    data = draw_mask(first.width, first.height, box)
+    info = PictureInfo("png", first.width, first.height, True, True)
+    return Attachment("mask", "", info, len(data), sha256(data).hexdigest(), data)
+
+
+def payload(request: Request) -> dict[str, Any]:
+    """Return the request's fields as the API nests them in JSON."""
+    nested: dict[str, Any] = {}
+    for name, value in request.fields:
+        *parents, last = name.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return nested
+
+
+def form_fields(request: Request) -> list[tuple[str, str]]:
+    """Return the request's fields as multipart spells them: svg[model], list[], true, 2."""
+
+    def flatten(name: str, value: Any) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                if not re.fullmatch(r"[A-Za-z0-9_.-]+", key):
+                    raise Failure(f"--param {name}: {key!a} can't name a form field")
+                yield from flatten(f"{name}[{key}]", inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from flatten(f"{name}[]", inner)
+        else:
+            yield name, value if isinstance(value, str) else json.dumps(value)
+
+    return [pair for name, value in payload(request).items() for pair in flatten(name, value)]
+
+
+def request_hash(request: Request) -> str:
+    """Return what makes two requests the same: endpoint, fields, and the input files' bytes."""
+    from hashlib import sha256
+
+    files = [(file.field, file.sha256) for file in request.files]
+    text = json.dumps([request.endpoint, sorted(request.fields), files], sort_keys=True)
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+################################################################################
+# Planned paths
+################################################################################
+# Where the pictures will go, decided and tried before anything is spent.
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that could not be shown as it is, or that curl's config could not hold."""
+    if UNPRINTABLE.search(path):
+        raise Failure(f"{path!a} holds control characters", hint="rename it")
+
+
+def random_stem(suffix: str = "") -> str:
+    """Return YYYY-MM-DD-<8 random hex>: sorts by day, never guesses what exists."""
+    return f"{time.strftime('%Y-%m-%d')}-{os.urandom(4).hex()}{suffix}"
+
+
+def plan_target(
+    output: str | None, output_dir: str | None, request: Request, settings: Settings, force: bool
+) -> Target:
+    """Return where the pictures of a request go. Touches nothing."""
+    stems = tuple(random_stem("-sandbox" if settings.sandbox else "") for _ in range(request.total))
+    folder = os.path.expanduser(settings.output_dir)
+    if output == "-":
+        if request.total > 1:
+            raise Failure("-o - takes one picture; leave out --n")
+        return Target(os.getcwd(), "", stems, 1, False, True)
+    if output is not None:
+        if not output.strip():
+            raise Failure("-o is empty; it takes a file name, a folder or -")
+        ends_open = output.endswith(("/", os.sep)) or os.path.basename(output) in (".", "..")
+        if ends_open or os.path.isdir(output):
+            return Target(os.path.abspath(output), "", stems, request.total)
+        base = output_dir and os.path.expanduser(output_dir)
+        full = os.path.abspath(os.path.join(base, output) if base else output)
+        return Target(os.path.dirname(full), os.path.basename(full), stems, request.total, force)
+    return Target(os.path.abspath(folder), "", stems, request.total)
+
+
+def check_target(target: Target) -> None:
+    """Refuse, before anything is sent, an output that exists or can't be written."""
+    if target.stdout:
+        return
+    names = [target.path(index, "png") for index in range(target.planned)]
+    for name in names:
+        check_path(name)
+        if len(os.path.basename(name).encode("utf-8", "surrogateescape")) > 240:
+            raise Failure(f"the file name {os.path.basename(name)[:60]}… is too long")
+        if os.path.lexists(name) and not target.force:
+            raise Failure(f"{name} exists; pass --force to replace it")
+        if os.path.exists(name) and not os.path.isfile(name):
+            raise Failure(f"{name} exists and is no regular file")
+    check_folder(target.folder)
+
+
+def check_folder(folder: str) -> None:
+    """Try whether a folder, or the nearest one above it that exists, can be written."""
+    import tempfile
+
+    place = folder
+    while not os.path.lexists(place) and os.path.dirname(place) != place:
+        place = os.path.dirname(place)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise Failure(f"cannot write in {place}: {os_reason(error)}") from None
+
+
+################################################################################
+# Job folders
+################################################################################
+# What the server sends is on disk before it is looked at: jobs/<UTC>-<hex>/ holds the request, the
+# answer that curl writes, and the locks that tell who is still alive.
+
+RECORD, LOCK, ANSWER, HEADERS, CURL_LINE = (
+    "job.json",
+    "lock",
+    "response.json",
+    "headers.txt",
+    "curl.txt",
+)
+JOB_ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
+
+
+class Job(NamedTuple):
+    """One job folder that this process holds."""
+
+    folder: str
+    lock: IO[bytes]
+    resumed: bool = False
+
+    @property
+    def id(self) -> str:
+        """The folder's name: UTC time, then 8 hex of the request's hash and 4 random ones."""
+        return os.path.basename(self.folder)
+
+    def path(self, name: str) -> str:
+        """Return the path of one of the job's files."""
+        return os.path.join(self.folder, name)
+
+    def answer_size(self) -> int:
+        """Return how many bytes of the answer have come."""
+        try:
+            return os.path.getsize(self.path(ANSWER))
+        except OSError:
+            return 0
+
+
+def private_file(path: str, data: bytes = b"") -> None:
+    """Write a new file that only its owner can read; an existing name is an OSError."""
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags, 0o600), "wb") as file:
+        file.write(data)
+
+
+def try_lock(path: str) -> IO[bytes] | None:
+    """Return the open, locked file, or None while another process holds it.
+
+    The lock dies with its last holder, so it tells who lives without process ids.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: a file that any process holds open can't be renamed
+        try:
+            os.replace(path, f"{path}.free")
+            os.replace(f"{path}.free", path)
+        except OSError:
+            return None
+        return open(path, "ab")
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def state_root() -> str:
+    """Return the state folder as the XDG specification places it."""
+    default = os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(os.environ.get("XDG_STATE_HOME") or default, "gpt-image-2")
+
+
+def spare_root() -> str:
+    """Return the state folder of those who have no home that can be written."""
+    import tempfile
+
+    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
+    return os.path.join(tempfile.gettempdir(), f"gpt-image-2-{user}")
+
+
+def usable_root(root: str, private: bool) -> bool:
+    """Return whether jobs can be kept below `root`, making it where it is missing."""
+    import tempfile
+
+    try:
+        os.makedirs(root, 0o700, exist_ok=True)  # the mode is for the last folder only
+        os.makedirs(os.path.join(root, "jobs"), 0o700, exist_ok=True)
+        info = os.lstat(root)
+        if private and hasattr(os, "getuid"):
+            if info.st_uid != os.getuid() or info.st_mode & 0o077 or os.path.islink(root):
+                return False
+        with tempfile.TemporaryFile(dir=os.path.join(root, "jobs")):
+            return True
+    except OSError:
+        return False
+
+
+def jobs_folder(console: Console) -> str:
+    """Return the folder for new jobs. Raises Failure where nothing can be written at all."""
+    root, spare = state_root(), spare_root()
+    if usable_root(root, False):
+        return os.path.join(root, "jobs")
+    if not usable_root(spare, True):
+        raise Failure(f"cannot keep jobs in {root} or {spare}", hint="set XDG_STATE_HOME")
+    console.warn(f"cannot write in {root}; jobs are kept in {spare}")
+    return os.path.join(spare, "jobs")
+
+
+def list_jobs() -> list[str]:
+    """Return every job folder, oldest first."""
+    found = []
+    for root in (state_root(), spare_root()):
+        folder = os.path.join(root, "jobs")
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        found += [os.path.join(folder, name) for name in names if JOB_ID.fullmatch(name)]
+    return sorted(found, key=os.path.basename)
+
+
+def write_record(folder: str, record: dict[str, Any]) -> None:
+    """Write job.json, whole or not at all."""
+    temporary = os.path.join(folder, f".{RECORD}.{os.urandom(4).hex()}")
+    private_file(temporary, json.dumps(record, indent=1).encode("ascii"))
+    os.replace(temporary, os.path.join(folder, RECORD))
+
+
+def read_record(folder: str) -> dict[str, Any] | None:
+    """Return job.json's object, or None where there is none that can be read."""
+    try:
+        with open(os.path.join(folder, RECORD), "rb") as file:
+            record = json.loads(file.read(8 * MEGABYTE))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def job_record(request: Request, target: Target, settings: Settings) -> dict[str, Any]:
+    """Return what job.json holds: enough to finish the job without its script; never the key."""
+    return {
+        "schema": 1,
+        "command": request.command,
+        "endpoint": request.endpoint,
+        "fields": [list(pair) for pair in request.fields],
+        "files": [[file.field, file.path, file.sha256] for file in request.files],
+        "hash": request_hash(request),
+        "base_url": settings.base.url,
+        "target": target._asdict(),
+        "started": time.time(),
+        "pid": os.getpid(),
+        "status": "sending",
+        "sandbox": settings.sandbox,
+    }
+
+
+def create_job(request: Request, target: Target, settings: Settings, console: Console) -> Job:
+    """Make the job folder with everything that curl will read. Raises Failure (nothing sent)."""
+    root = jobs_folder(console)
+    sweep_jobs()
+    record = job_record(request, target, settings)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    folder = os.path.join(root, f"{stamp}-{record['hash'][:8]}{os.urandom(2).hex()}")
+    try:
+        os.mkdir(folder, 0o700)
+        private_file(os.path.join(folder, LOCK))
+        lock = try_lock(os.path.join(folder, LOCK))
+        assert lock, "a new lock is free"
+        job = Job(folder, lock)
+        write_body(job, request)
+        for name in (ANSWER, HEADERS, CURL_LINE):
+            private_file(job.path(name))  # curl would make them 0644
+        write_record(folder, record)
+    except OSError as error:
+        raise Failure(f"cannot keep the job in {folder}: {os_reason(error)}") from None
+    return job
+
+
+def write_body(job: Job, request: Request) -> None:
+    """Write what is sent: the JSON body, or the prompt and a drawn mask for multipart."""
+    if request.endpoint == "generations":
+        body = json.dumps(payload(request), ensure_ascii=False).encode("utf-8")
+        private_file(job.path("body.json"), body)
+        return
+    for index, (name, text) in enumerate(form_fields(request)):
+        if goes_by_file(name, text):
+            private_file(job.path(f"field-{index}.txt"), text.encode("utf-8"))
+    for file in request.files:
+        if file.data:
+            private_file(job.path("mask.png"), file.data)
+
+
+def goes_by_file(name: str, text: str) -> bool:
+    """Return whether a form value goes by file: the prompt, and what a config line can't hold."""
+    return name == "prompt" or len(text) > 1000 or bool(re.search("[\x00-\x1f\x7f]", text))
+
+
+def same_target(record: dict[str, Any], target: Target) -> bool:
+    """Return whether a job's pictures go where `target` says."""
+    theirs = record.get("target")
+    if not isinstance(theirs, dict):
+        return False
+    return all(theirs.get(name) == getattr(target, name) for name in ("folder", "name", "stdout"))
+
+
+def adopt_job(request: Request, target: Target, settings: Settings, console: Console) -> Job | None:
+    """Return an unfinished job of the same request whose script is dead, to be finished.
+
+    It counts where its curl still lives or bytes of its answer have come (P2); each such job is
+    taken by one process only.
+    """
+    wanted = request_hash(request)
+    for folder in list_jobs():
+        record = read_record(folder) if folder[-12:-4] == wanted[:8] else None
+        if not record or record.get("hash") != wanted or not same_target(record, target):
+            continue
+        if record.get("base_url") != settings.base.url or settings.sandbox:
+            continue
+        job = take_job(folder)
+        if job and (job.answer_size() or curl_lives(job)):
+            return job._replace(resumed=True)
+        if job:
+            job.lock.close()
+            console.warn(f"job {job.id}, the same request, ended without an answer: maybe billed")
+    return None
+
+
+def take_job(folder: str) -> Job | None:
+    """Return a job that this process now holds, or None while another does or it is gone."""
+    path = os.path.join(folder, LOCK)
+    try:
+        lock = try_lock(path) if os.path.exists(path) else None
+    except OSError:
+        return None
+    if lock and not os.path.exists(os.path.join(folder, RECORD)):
+        lock.close()
+        return None
+    return Job(folder, lock) if lock else None
+
+
+def curl_lives(job: Job) -> bool:
+    """Return whether the job's curl still runs: it holds the lock on its own output file."""
+    try:
+        lock = try_lock(job.path(CURL_LINE))
+    except OSError:
+        return False
+    if lock:
+        lock.close()
+    return lock is None
+
+
+def set_status(job: Job, status: str) -> None:
+    """Note in job.json how far a job that stays is."""
+    record = read_record(job.folder)
+    try:
+        if record:
+            write_record(job.folder, {**record, "status": status})
+    except OSError:
+        pass  # the note is a comfort; the answer is what must stay
+
+
+def remove_job(job: Job) -> None:
+    """Remove a job whose pictures are all saved, or that was surely not served."""
+    from shutil import rmtree
+
+    rmtree(job.folder, ignore_errors=True)
+    job.lock.close()
+
+
+def blank_secrets(job: Job, console: Console) -> None:
+    """Overwrite every echo of the key in the files of a job that stays, byte for byte."""
+    for name in (ANSWER, HEADERS):
+        for secret in console.secrets:
+            try:
+                blank_in_file(job.path(name), secret.encode("utf-8", "surrogateescape"))
+            except OSError:
+                continue
+
+
+def blank_in_file(path: str, secret: bytes) -> None:
+    """Replace a secret in a file by asterisks of the same length, window by window."""
+    position = 0
+    with open(path, "r+b") as file:
+        while True:
+            file.seek(position)
+            window = file.read(WINDOW)
+            found = window.find(secret)
+            if found >= 0:
+                file.seek(position + found)
+                file.write(b"*" * len(secret))
+                position += found + len(secret)
+            elif len(window) < WINDOW:
+                return
+            else:
+                position += WINDOW - len(secret) + 1
+
+
+def sweep_jobs() -> None:
+    """Remove jobs that ended without a byte, a week after they began."""
+    oldest = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() - 86400 * KEEP_EMPTY_DAYS))
+    for folder in list_jobs():
+        if os.path.basename(folder)[:16] >= oldest:
+            break
+        job = take_job(folder)
+        if job and not job.answer_size() and not curl_lives(job):
+            remove_job(job)
+        elif job:
+            job.lock.close()
+
+
+################################################################################
+# Curl
+################################################################################
+# The one door to the network: `curl -q -K -`, one process for each paid POST. The config, key and
+# all, is an unnamed temporary file that is curl's standard input. Options are no newer than 7.58.
+
+WRITE_OUT = "%{http_code} %{size_request} %{size_upload} %{num_connects} %{redirect_url}"
+
+
+class Signals:
+    """INT, TERM and HUP raise Interrupted where we wait; the second one leaves now."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.held = False
+
+    def install(self) -> None:
+        """Take the signals over, but for those that our parent told us to ignore (nohup)."""
+        import signal
+
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: object) -> None:
+        """Raise Interrupted, unless this is the first one and something must not be cut."""
+        first, self.number = not self.number, number
+        if not first or not self.held:
+            raise Interrupted(number)
+
+    def check(self) -> None:
+        """Raise Interrupted for a signal that came while it was held back."""
+        if self.number:
+            raise Interrupted(self.number)
+
+    def __enter__(self) -> None:
+        self.held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.held = False
+
+
+class Session(NamedTuple):
+    """What one call of the program carries along: its terminal, its signals, its wishes."""
+
+    console: Console
+    signals: Signals
+    new: bool = False
+    retry_unsafe: bool = False
+    digest: bool = False  # compute each picture's sha256
+    mode: int = 0o644  # what the umask leaves of 0666; read once, as threads race on it
+
+
+def curl_line(option: str, value: str) -> bytes:
+    """Return one line of curl's config. Quotes and backslashes are escaped, controls refused.
+
+    Inside double quotes curl knows backslash escapes only; a raw line break would begin a new
+    option, an escaped one would forge a header (tried on ten versions).
+    """
+    data = value.encode("utf-8", "surrogateescape")
+    if re.search(b"[\x00-\x1f\x7f]", data):
+        raise Failure(f"{option}: {value!a} holds control characters")
+    escaped = data.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    return option.encode("ascii") + b' = "' + escaped + b'"\n'
+
+
+def form_file(path: str) -> str:
+    """Return a path as a form value quotes it, so that ; and , in it mean nothing."""
+    return '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def connection_lines(settings: Settings, url: str, host: str) -> list[bytes]:
+    """Return the config lines that every call shares."""
+    lines = [
+        b"silent\nshow-error\ngloboff\nhttp1.1\n",
+        curl_line("url", url),
+        curl_line("proto", "=https,http"),
+        curl_line("user-agent", settings.user_agent),
+        b"connect-timeout = %d\n" % settings.connect_timeout,
+        b"max-time = %d\n" % settings.timeout,
+        b"keepalive-time = 30\n",  # NATs forget a connection that is silent for minutes
+        curl_line("write-out", WRITE_OUT),
+    ]
+    if is_loopback(host):
+        lines.append(curl_line("noproxy", "*"))
+    elif settings.proxy:
+        lines.append(curl_line("proxy", settings.proxy))
+    if settings.cacert:
+        lines.append(curl_line("cacert", os.path.expanduser(settings.cacert)))
+    return lines
+
+
+def key_lines(settings: Settings) -> list[bytes]:
+    """Return the header lines that carry the key and the user's own headers."""
+    lines = [curl_line("header", f"{name}: {text}") for name, text in settings.headers]
+    if settings.key:
+        name, _, scheme = settings.auth_header.partition(":")
+        value = f"{scheme.strip()} {settings.key}".strip()
+        lines.append(curl_line("header", f"{name}: {value}"))
+    return lines
+
+
+def post_config(job: Job, request: Request, settings: Settings) -> bytes:
+    """Return curl's config for the paid POST."""
+    url = f"{settings.base.url}/images/{request.endpoint}"
+    lines = [*connection_lines(settings, url, settings.base.host), *key_lines(settings)]
+    lines.append(curl_line("header", "Expect:"))  # else a stall of a second over 1 MB
+    if settings.provider.name == "openai":
+        lines.append(curl_line("header", f"X-Client-Request-Id: {job.id}"))
+    if request.endpoint == "generations":
+        lines.append(curl_line("header", "Content-Type: application/json"))
+        lines.append(curl_line("data-binary", "@" + job.path("body.json")))
+    else:
+        lines += form_lines(job, request, settings.image_field)
+    lines.append(curl_line("output", job.path(ANSWER)))
+    lines.append(curl_line("dump-header", job.path(HEADERS)))
+    return b"".join(lines)
+
+
+def form_lines(job: Job, request: Request, image_field: str) -> list[bytes]:
+    """Return the multipart fields and files; local names don't leave the machine."""
+    lines = []
+    for index, (name, text) in enumerate(form_fields(request)):
+        if goes_by_file(name, text):
+            field_path = job.path(f"field-{index}.txt")
+            lines.append(curl_line("form", f"{name}=<{form_file(field_path)}"))
+        else:
+            lines.append(curl_line("form-string", f"{name}={text}"))
+    for name, path, media, file_name in form_files(request, image_field):
+        part = f"{name}=@{form_file(path or job.path('mask.png'))}"
+        lines.append(curl_line("form", f"{part};filename={file_name};type={media}"))
+    return lines
+
+
+def form_files(request: Request, image_field: str) -> list[tuple[str, str, str, str]]:
+    """Return (part name, path, media type, file name sent) of each file; "" is the drawn mask."""
+    images = sum(file.field == "image" for file in request.files)
+    field = image_field
+    if image_field == "auto":
+        field = "image" if images == 1 else "image[]"
+    parts = []
+    for index, file in enumerate(request.files):
+        suffixes, media = FORMATS[file.info.format]
+        name = field if file.field == "image" else file.field
+        number = f"-{index + 1}" if file.field == "image" and images > 1 else ""
+        parts.append((name, file.path, media, f"{file.field}{number}.{suffixes[0]}"))
+    return parts
+
+
+def find_curl() -> str:
+    """Return the path of curl, never one from the current folder. Failure (exit 3) without one."""
+    from shutil import which
+
+    system = os.path.join(os.environ.get("SystemRoot", ""), "System32", "curl.exe")
+    path = system if os.name == "nt" and os.path.isfile(system) else which("curl")
+    if not path:
+        raise Failure("curl is not installed", EXIT_CONFIG, code="curl_missing", hint="install it")
+    return os.path.abspath(path)
+
+
+def curl_environment(secrets: Sequence[str]) -> dict[str, str]:
+    """Return the environment for curl: no variable that holds a key, no TLS secrets to a file."""
+    dropped = ("SSLKEYLOGFILE", "OPENAI_API_KEY", "GPT_IMAGE2_API_KEY")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in dropped and not any(secret in value for secret in secrets)
+    }
+    return {**kept, "LC_ALL": "C"}
+
+
+def run_curl(
+    config: bytes,
+    line_path: str,
+    session: Session,
+    watch: Callable[[], int],
+    arguments: Sequence[str] = ("-q", "-K", "-"),
+) -> CurlEnd:
+    """Run curl once on a config and return how it ended; the only place that starts one.
+
+    Its standard output, the write-out line, goes to `line_path`, which it holds locked while it
+    lives. `watch` tells how many bytes have come. A signal gives an answer that has begun 10 s.
+    """
+    import subprocess
+    import tempfile
+
+    started = time.monotonic()
+    with open(line_path, "wb"):
+        pass
+    line_file = try_lock(line_path)
+    with tempfile.TemporaryFile() as stdin:
+        stdin.write(config)
+        stdin.seek(0)
+        with session.signals:  # or a signal could leave a curl that nobody waits for
+            process = subprocess.Popen(
+                [find_curl(), *arguments],
+                stdin=stdin,
+                stdout=line_file or subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=curl_environment(session.console.secrets),
+                start_new_session=True,  # Ctrl-C in the terminal is for us alone
+            )
+        if line_file:
+            line_file.close()
+    stopped, errors = 0, b""
+    try:
+        session.signals.check()
+        errors = wait_for_curl(process, session, watch, 0)
+    except Interrupted as stop:
+        stopped = stop.number
+        errors = stop_curl(process, session, watch)
+    status, sent = read_curl_line(line_path)
+    message = session.console.scrub(printable(errors.decode("utf-8", "replace"), 300))
+    seconds = time.monotonic() - started
+    return CurlEnd(process.returncode, status, sent, message, seconds, stopped)
+
+
+def wait_for_curl(process: Any, session: Session, watch: Callable[[], int], limit: float) -> bytes:
+    """Wait until curl ends (or for `limit` seconds), showing progress; return its stderr.
+
+    communicate() returns the moment that curl closes its end, where wait() would poll.
+    """
+    import subprocess
+
+    progress = Progress(session.console)
+    try:
+        while True:
+            try:
+                errors: bytes = process.communicate(timeout=limit or progress.interval)[1]
+                return errors
+            except subprocess.TimeoutExpired:
+                if limit:
+                    raise
+                progress.tick(watch())
+    finally:
+        progress.stop()
+
+
+def stop_curl(process: Any, session: Session, watch: Callable[[], int]) -> bytes:
+    """End curl after a signal: an answer that has begun gets 10 s first, a second signal none."""
+    import subprocess
+
+    try:
+        if process.poll() is None and watch():
+            session.console.say(f"stopping; the answer gets {STOP_GRACE_SECONDS:.0f} s to finish")
+            return wait_for_curl(process, session, watch, STOP_GRACE_SECONDS)
+    except (Interrupted, subprocess.TimeoutExpired):
+        pass
+    if process.poll() is None:
+        process.terminate()
+    errors: bytes = process.communicate()[1]
+    return errors
+
+
+def read_curl_line(path: str) -> tuple[int, int]:
+    """Return (HTTP status, request bytes that left) of a write-out line; (0, -1) without one."""
+    try:
+        with open(path, "rb") as file:
+            words = file.read(4096).split()
+        return int(words[0]), int(words[1]) + int(float(words[2]))
+    except (OSError, ValueError, IndexError):
+        return 0, -1
+
+
+def parse_headers(data: bytes) -> dict[str, str]:
+    """Return the last header block by lower-case name; a proxy's own block comes before it."""
+    blocks = re.split(rb"\r?\n\r?\n", data.strip())
+    lines = blocks[-1].decode("latin-1").splitlines()
+    pairs = (line.partition(":") for line in lines[1:])
+    found = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    status = re.match(r"HTTP/[0-9.]+ ([0-9]{3})", lines[0]) if lines else None
+    return {**found, ":status": status[1]} if status else found
+
+
+################################################################################
+# Replies
+################################################################################
+# From the answer's file to values, without ever holding the answer: a scanner copies its text and
+# leaves long strings (the pictures) in the file as Spans; json.loads sees only the small rest.
+
+
+class Skeleton:
+    """The text of an answer with its long strings replaced by marks, fed window by window.
+
+    A mark is a random word and two offsets, so that no server can forge one. In an event stream
+    (`lines`) a line break ends a string that was left open.
+    """
+
+    def __init__(self, lines: bool) -> None:
+        self.lines = lines
+        self.text = bytearray()
+        self.nonce = os.urandom(8).hex()
+        self.offset = 0  # of the next window in the file
+        self.start = -1  # of the string we are in, after its quote; -1 outside
+        self.kept = bytearray()  # the head of that string
+        self.odd_slash = False  # that string's last byte so far is an unpaired backslash
+
+    def feed(self, window: bytes) -> None:
+        """Take the next bytes of the answer. Raises ValueError where it is no usable answer."""
+        position = 0
+        while position < len(window):
+            if self.start < 0:
+                position = self._copy_outside(window, position)
+            else:
+                position = self._skip_string(window, position)
+        self.offset += len(window)
+        if len(self.text) > MAX_SKELETON_BYTES:
+            raise ValueError("the answer has too much text beside its pictures")
+
+    def _copy_outside(self, window: bytes, position: int) -> int:
+        quote = window.find(b'"', position)
+        end = len(window) if quote < 0 else quote + 1
+        self.text += window[position:end]
+        if quote >= 0:
+            self.start = self.offset + end
+            self.kept.clear()
+            self.odd_slash = False
+        return end
+
+    def _skip_string(self, window: bytes, position: int) -> int:
+        quote = window.find(b'"', position)
+        if self.lines:
+            newline = window.find(b"\n", position, quote if quote >= 0 else len(window))
+            if newline >= 0:
+                self.text += b'"'  # what stood open is no JSON anyway
+                self.start = -1
+                return newline
+        end = len(window) if quote < 0 else quote
+        body = window[position:end]
+        slashes = len(body) - len(body.rstrip(b"\\"))
+        odd = bool(slashes % 2) != (self.odd_slash and slashes == len(body))
+        if len(self.kept) <= LONG_STRING:
+            self.kept += body
+        if quote < 0 or odd:
+            self.odd_slash = odd and quote < 0
+            if quote >= 0 and len(self.kept) <= LONG_STRING:
+                self.kept += b'"'
+            return end + (quote >= 0)
+        self._close_string(self.offset + end)
+        return end + 1
+
+    def _close_string(self, end: int) -> None:
+        if end - self.start <= LONG_STRING:
+            self.text += self.kept + b'"'
+        else:
+            self.text += f'{self.nonce}:{self.start}:{end}"'.encode("ascii")
+        self.start = -1
+
+    def span(self, value: Any) -> Any:
+        """Return the Span that a parsed string is the mark of, else the value itself."""
+        if isinstance(value, str) and value.startswith(self.nonce):
+            _, start, end = value.split(":")
+            return Span(int(start), int(end))
+        return value
+
+
+EVENT_LINE = re.compile(rb"(?:data|event|id|retry|)\s*:")
+
+
+def answer_kind(first: bytes) -> str:
+    """Return what an answer is by its first bytes: json, events, html, text or empty."""
+    if not first:
+        return "empty"
+    if first[:1] in b"{[":
+        return "json"
+    if EVENT_LINE.match(first):
+        return "events"
+    return "html" if first[:1] == b"<" else "text"
+
+
+def read_reply(path: str, salvage: bool = False) -> Reply:
+    """Return what an answer's file holds; `salvage` takes whole pictures from a cut one too.
+
+    Leading blank lines (a relay's keep-alive) and a BOM are skipped; the body's own first bytes
+    decide what it is, not its Content-Type.
+    """
+    try:
+        with open(path, "rb") as file:
+            skipped, window = 0, file.read(WINDOW)
+            while window and not window.strip(b"\xef\xbb\xbf \t\r\n"):
+                skipped, window = skipped + len(window), file.read(WINDOW)
+            first = window.lstrip(b"\xef\xbb\xbf \t\r\n")
+            skeleton = Skeleton(answer_kind(first) == "events")
+            skeleton.offset = skipped + len(window) - len(first)
+            return scan_reply(file, first, skeleton, salvage)
+    except OSError:
+        return Reply("empty")
+
+
+def scan_reply(file: IO[bytes], first: bytes, skeleton: Skeleton, salvage: bool) -> Reply:
+    """Scan the rest of an answer and return what it holds."""
+    kind = answer_kind(first)
+    excerpt = printable(first[:400].decode("utf-8", "replace"), 200)
+    if kind not in ("json", "events"):
+        return Reply(kind, excerpt=excerpt)
+    window = first
+    try:
+        while window:
+            skeleton.feed(window)
+            window = file.read(WINDOW)
+    except ValueError:
+        return Reply(kind, excerpt=excerpt)
+    text = skeleton.text.decode("utf-8", "replace")
+    documents = parse_events(text) if kind == "events" else parse_json(text)
+    reply = reply_from_documents(kind, documents, skeleton)._replace(excerpt=excerpt)
+    if salvage and not reply.whole:
+        return reply._replace(images=salvage_images(text, skeleton))
+    return reply
+
+
+def parse_json(text: str) -> list[Any]:
+    """Return the one JSON value in a text, or nothing for one that is cut, too deep or none."""
+    try:
+        return [json.loads(text, strict=False)]  # raw line breaks in base64 are harmless
+    except (ValueError, RecursionError):
+        return []
+
+
+def parse_events(text: str) -> list[Any]:
+    """Return the JSON values of an event stream's data, in order; what is no JSON is skipped."""
+    found = []
+    for block in re.split(r"\r?\n\r?\n", text):
+        data = re.findall(r"^data:[ ]?(.*?)\r?$", block, re.M)
+        values = parse_json("\n".join(data))
+        if re.search(r"^event: ?error", block, re.M) and values and "error" not in values[0]:
+            values = [{"error": values[0]}]
+        found += values
+    return found
+
+
+def reply_from_documents(kind: str, documents: list[Any], skeleton: Skeleton) -> Reply:
+    """Return the reply in the parsed values: one of them for JSON, one an event for a stream."""
+    images: list[ImageSource] = []
+    error: ApiError | None = None
+    usage: dict[str, Any] | None = None
+    for document in documents:
+        value = document if isinstance(document, dict) else {"data": document}
+        if "partial_image" in str(value.get("type")):
+            continue
+        images += image_sources(value, skeleton)
+        error = error or parse_error(value)
+        usage = value["usage"] if isinstance(value.get("usage"), dict) else usage
+    whole = bool(documents) if kind == "json" else bool(images)
+    return Reply(kind, tuple(images), error, usage, whole)
+
+
+def image_sources(value: dict[str, Any], skeleton: Skeleton) -> list[ImageSource]:
+    """Return the pictures of one JSON value: `data` as documented, or a relay's own place."""
+    entries: Any = next((value[k] for k in ("data", "images", "image_urls") if value.get(k)), value)
+    if isinstance(entries, dict) and entries is not value and "data" in entries:
+        entries = entries["data"]
+    found = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        source = image_source(entry, skeleton)
+        if source:
+            found.append(source)
+    return found
+
+
+def image_source(entry: Any, skeleton: Skeleton) -> ImageSource | None:
+    """Return where one entry's picture is; empty strings and nulls beside it mean nothing."""
+    fields = entry if isinstance(entry, dict) else {"url": entry}
+    prompt = fields.get("revised_prompt")
+    revised = prompt if isinstance(prompt, str) and prompt == skeleton.span(prompt) else None
+    for name in ("b64_json", "url", "image_url", "b64", "image_base64"):
+        value = skeleton.span(fields.get(name))
+        if isinstance(value, dict):
+            value = skeleton.span(value.get("url"))
+        if not value or not isinstance(value, (str, Span)):
+            continue
+        linked = isinstance(value, str) and not value.startswith("data:")
+        if linked and ("url" in name or re.match("https?://", str(value), re.I)):
+            return ImageSource("url", value, revised or None)
+        return ImageSource("base64", value, revised or None)
+    return None
+
+
+PICTURE_STRING = re.compile(r'"(?:b64_json|url)"\s*:\s*"((?:[^"\\]|\\.)*)"')
+
+
+def salvage_images(text: str, skeleton: Skeleton) -> tuple[ImageSource, ...]:
+    """Return the complete pictures in a cut answer; partial previews of a stream are none."""
+    found = []
+    for line in text.splitlines() if skeleton.lines else [text]:
+        if "partial_image" in line:
+            continue
+        for match in PICTURE_STRING.finditer(line):
+            name = match[0][1:].partition('"')[0]
+            for value in parse_json(f'{{"{name}": "{match[1]}"}}'):
+                source = image_source(value, skeleton)
+                found += [source] if source else []
+    return tuple(found)
+
+
+def parse_error(value: dict[str, Any]) -> ApiError | None:
+    """Return the error in one JSON value, in whichever of the known shapes it comes."""
+    error = value.get("error")
+    if not error and not value.get("data"):
+        if isinstance(value.get("message"), str) or value.get("detail"):
+            error = {**value, "message": value.get("message") or value.get("detail")}
+    if not error:
+        return None
+    if not isinstance(error, dict):
+        error = {"message": error, "code": value.get("code")}
+    message = error.get("message") or error.get("detail") or error
+    text = message if isinstance(message, str) else json.dumps(message)
+    code = "" if error.get("code") is None else str(error["code"])
+    return ApiError(
+        printable(code, 80), printable(text, 600), printable(str(error.get("type") or ""), 80)
+    )
+
+
+def span_pieces(file: IO[bytes], span: Span) -> Iterator[bytes]:
+    """Yield a long JSON string's text in windows, its escapes undone."""
+    file.seek(span.start)
+    left, rest = span.end - span.start, b""
+    while left > 0:
+        window = file.read(min(WINDOW, left))
+        if not window:
+            return
+        left -= len(window)
+        piece = rest + window
+        rest = b""
+        if b"\\" in piece:
+            if left:  # an escape may be cut by the window's end
+                cut = escape_cut(piece)
+                piece, rest = piece[:cut], piece[cut:]
+            text = json.loads(b'"' + piece + b'"', strict=False)
+            piece = text.encode("utf-8", "surrogatepass")
+        yield piece
+
+
+def escape_cut(piece: bytes) -> int:
+    """Return where to cut a piece so that no JSON escape is torn."""
+    last = piece.rfind(b"\\", max(0, len(piece) - 6))
+    if last < 0:
+        return len(piece)
+    before = piece[:last]
+    if (len(before) - len(before.rstrip(b"\\"))) % 2:
+        return len(piece)  # it is the second of a pair
+    length = 6 if piece[last + 1 : last + 2] == b"u" else 2
+    return last if len(piece) - last < length else len(piece)
+
+
+URL_ALPHABET = bytes.maketrans(b"-_", b"+/")
+DATA_PREFIX = re.compile(rb"\s*data:[^,]{0,200},")
+
+
+def decode_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of base64 text in any dressing: data: prefix, wrapped, URL-safe, unpadded.
+
+    The decoded length shows whether binascii dropped junk in silence, at no cost. Raises
+    ValueError for text that is no base64.
+    """
+    from binascii import Error, a2b_base64
+
+    rest, ended, first = b"", False, True
+    for piece in pieces:
+        if first:
+            piece, first = DATA_PREFIX.sub(b"", piece, 1), False
+        text = rest + piece
+        whole = len(text) // 4 * 4
+        try:
+            decoded = a2b_base64(text[:whole])
+        except Error:
+            decoded = b""
+        if not ended and len(decoded) == whole // 4 * 3:
+            rest = text[whole:]
+        else:
+            decoded, rest, ended = decode_dressed(text, ended)
+        yield decoded
+    yield decode_dressed(rest + b"=" * (-len(rest) % 4), ended)[0]
+
+
+def decode_dressed(text: bytes, ended: bool) -> tuple[bytes, bytes, bool]:
+    """Decode base64 with white space, the URL alphabet or padding: (bytes, rest, padding seen)."""
+    from binascii import Error, a2b_base64
+
+    text = text.translate(URL_ALPHABET, b" \t\r\n\f\v")
+    bare = text.rstrip(b"=")
+    padded = len(bare) < len(text)
+    whole = len(bare) // 4 * 4
+    tail = bare[whole:] if padded else b""
+    try:
+        decoded = a2b_base64(bare[:whole])
+        decoded_tail = a2b_base64(tail + b"=" * (-len(tail) % 4))
+    except Error:
+        raise ValueError("it is not base64") from None
+    expected = (whole // 4 * 3, len(tail) * 3 // 4)
+    if (len(decoded), len(decoded_tail)) != expected or (ended and bare) or len(tail) == 1:
+        raise ValueError("it is not base64")
+    return decoded + decoded_tail, b"" if padded else bare[whole:], ended or padded
+
+
+################################################################################
+# Verdicts
+################################################################################
+# What an attempt came to: ok, refused, unsent or unknown. Pure: values in, a Verdict out.
+
+# With these no byte of the POST has left, whatever the figures say (a CONNECT counts as sent).
+UNSENT_EXITS = (1, 2, 3, 5, 6, 7, 26, 35, 60, 77, 97)
+
+
+def judge(end: CurlEnd, headers: dict[str, str], reply: Reply, settings: Settings) -> Verdict:
+    """Return the verdict on one attempt. A picture that came is ok, whatever came around it."""
+    status = end.status or int(headers.get(":status", "0"))
+    if reply.images and reply.whole:
+        return Verdict("ok")
+    if status < 200:
+        return judge_silence(end, settings)
+    if 300 <= status < 400:
+        return refusal(f"HTTP {status}: the server points elsewhere{moved_to(headers)}", status)
+    if status < 300:
+        return judge_no_image(end, reply, status)
+    if status in (408, 409) or status >= 500:
+        return judge_server_error(headers, reply, status)
+    return judge_refusal(headers, reply, status)
+
+
+def refusal(message: str, status: int, exit_code: int = EXIT_REFUSED, hint: str = "") -> Verdict:
+    """Return the verdict for a request that the server surely didn't serve."""
+    hint = hint or ("the base URL is wrong" if 300 <= status < 400 else "")
+    return Verdict("refused", Failure(message, exit_code, hint=hint, http_status=status))
+
+
+def moved_to(headers: dict[str, str]) -> str:
+    """Return the words that name a redirect's target, less its query."""
+    target = re.sub(r"[?#].*", "", headers.get("location", ""))
+    return f", to {printable(target, 200)}" if target else ""
+
+
+def judge_silence(end: CurlEnd, settings: Settings) -> Verdict:
+    """Judge an attempt without an HTTP answer by curl's exit code and what it had sent."""
+    row = CURL_EXITS.get(end.code or 0, CurlExit(f"curl ended with {end.code}"))
+    unsent = end.code in UNSENT_EXITS or (end.sent == 0 and not end.signal)
+    if end.code == 28 and unsent:
+        row = CONNECT_TIMEOUT
+    if end.code == 28 and not unsent:
+        row = row._replace(sentence=f"no full answer came in {settings.timeout} s")
+    where = f"{settings.base.host}:{settings.base.port}"
+    words = end.message.partition(") ")[2] or end.message
+    detail = f" ({words})" if words else ""
+    if unsent:
+        exit_code = EXIT_REFUSED if end.code in (2, 3, 26) else EXIT_NETWORK
+        message = f"{where}: {row.sentence}{detail}; nothing was sent"
+        return Verdict("unsent", Failure(message, exit_code, hint=row.hint), row.retry)
+    if end.signal or (end.code or 0) < 0:
+        return unknown("the request was stopped before its answer came", 0)
+    return unknown(f"{where}: {row.sentence}{detail}", 0, row.hint)
+
+
+def unknown(
+    message: str,
+    status: int,
+    hint: str = "",
+    code: str = "",
+    billed: str = "it may have been billed",
+) -> Verdict:
+    """Return the verdict for an outcome that nobody knows."""
+    failure = Failure(
+        f"{message}; {billed}",
+        EXIT_UNKNOWN,
+        code=code,
+        hint=hint,
+        maybe_billed=True,
+        http_status=status or None,
+    )
+    return Verdict("unknown", failure)
+
+
+def judge_no_image(end: CurlEnd, reply: Reply, status: int) -> Verdict:
+    """Judge a 2xx without a picture: an error inside it, an unreadable body, or nothing."""
+    if reply.error:
+        verdict = judge_inner_error(reply.error, status)
+        if verdict:
+            return verdict
+        return unknown(f"HTTP {status} with an error: {error_text(reply.error)}", status)
+    if end.code:
+        row = CURL_EXITS.get(end.code, CurlExit(f"curl ended with {end.code}"))
+        return unknown(f"HTTP {status}, but {row.sentence}", status, row.hint)
+    if reply.kind == "events":
+        return unknown("the stream ended without its picture", status)
+    if reply.kind == "json" and reply.whole:
+        return unknown(f"HTTP {status} without a picture", status, code="no_image")
+    what = {"json": "the JSON is cut or broken", "empty": "the body is empty"}
+    why = what.get(reply.kind, f"the body is {reply.kind}: {reply.excerpt[:100]!r}")
+    return unknown(f"HTTP {status}, but {why}", status)
+
+
+def judge_inner_error(error: ApiError, status: int) -> Verdict | None:
+    """Return the refusal that an error inside a 200 surely is, or None where it may be billed."""
+    known = API_ERRORS.get(error.code) or API_ERRORS.get(error.type)
+    if POLICY_MARK in error.message:
+        known = (EXIT_POLICY, POLICY_HINT)
+    if not known and re.fullmatch("4[0-9][0-9]", error.code) and error.code not in ("408", "409"):
+        known = (STATUS_EXITS.get(int(error.code), EXIT_REFUSED), "")
+    if not known:
+        return None
+    return refuse_with(error, status, *known)
+
+
+def error_text(error: ApiError | None, fallback: str = "") -> str:
+    """Return an API error as one piece of a line."""
+    if not error:
+        return fallback
+    code = error.code or error.type
+    return f"{code}: {error.message}" if code and code not in error.message else error.message
+
+
+def refuse_with(error: ApiError, status: int, exit_code: int, hint: str) -> Verdict:
+    """Return the refusal that the API worded."""
+    message = f"HTTP {status} {error_text(error)}".rstrip(". ")
+    failure = Failure(message, exit_code, code=error.code or error.type, hint=hint)
+    failure.http_status = status
+    return Verdict("refused", failure)
+
+
+def judge_server_error(headers: dict[str, str], reply: Reply, status: int) -> Verdict:
+    """Judge 408, 409 and 5xx: unknown, but for a 503 that says itself to come again.
+
+    Relays wrap upstream time-outs that were billed in JSON 500s (new-api#556, #2974).
+    """
+    wait = retry_after(headers)
+    code = reply.error.code if reply.error else ""
+    if status == 503 and (wait is not None or code in OVERLOAD_CODES):
+        error = reply.error or ApiError("", "the server is overloaded")
+        verdict = refuse_with(error, status, EXIT_LIMIT, BUSY_HINT)
+        return verdict._replace(retry=True, wait=wait)
+    words = error_text(reply.error, reply.excerpt[:100] if reply.kind == "text" else "")
+    hint = GATEWAY_HINT if status in GATEWAY_STATUSES else ""
+    return unknown(f"HTTP {status} {words}".rstrip(". "), status, hint, code)
+
+
+def judge_refusal(headers: dict[str, str], reply: Reply, status: int) -> Verdict:
+    """Judge a 4xx: the API's code decides before the status; only a plain 429 is tried again."""
+    error = reply.error or ApiError("", reply.excerpt[:100] if reply.kind == "text" else "")
+    known = API_ERRORS.get(error.code) or API_ERRORS.get(error.type)
+    if POLICY_MARK in error.message:
+        known = (EXIT_POLICY, POLICY_HINT)
+    exit_code = STATUS_EXITS.get(status, EXIT_REFUSED)
+    hint = STATUS_HINTS.get(status, "")
+    if known and (known[0] in (EXIT_POLICY, EXIT_LIMIT) or exit_code == EXIT_REFUSED):
+        exit_code, hint = known
+    if status == 403 and UNVERIFIED_MARK in error.message:
+        hint = "verify the organisation at platform.openai.com (takes up to 15 minutes)"
+    verdict = refuse_with(error, status, exit_code, hint)
+    again = status == 429 and hint != QUOTA_HINT
+    return verdict._replace(retry=again, wait=retry_after(headers) if again else None)
+
+
+def retry_after(headers: dict[str, str]) -> float | None:
+    """Return the seconds that the server asks to wait: milliseconds, seconds or a date; else None."""
+    from email.utils import mktime_tz, parsedate_tz
+
+    number = re.compile(r"[0-9]{1,12}(\.[0-9]*)?")
+    milliseconds, seconds = headers.get("retry-after-ms", ""), headers.get("retry-after", "")
+    if number.fullmatch(milliseconds):
+        return float(milliseconds) / 1000
+    if number.fullmatch(seconds):
+        return float(seconds)
+    date = parsedate_tz(seconds) if seconds else None
+    try:
+        return max(0.0, mktime_tz(date) - time.time()) if date else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def retry_delay(attempt: int, wait: float | None) -> float:
+    """Return the seconds before attempt + 1: what the server asks, else exponential with jitter."""
+    from random import uniform
+
+    if wait is not None:
+        return wait
+    return min(0.5 * float(2**attempt), 30.0) * uniform(0.75, 1.0)
+
+
+################################################################################
+# Downloads
+################################################################################
+# Pictures that come as a link: fetched without the key, resumed, retried, each hop checked.
+
+MAX_REDIRECTS = 3
+MAX_FETCHES = 4
+REDIRECTS = (301, 302, 303, 307, 308)
+
+
+class Link(NamedTuple):
+    """A checked link: its parts, and the address that curl must use (None: its own lookup)."""
+
+    url: str
+    scheme: str
+    host: str
+    port: int
+    address: str | None = None
+
+    def same_origin(self, base: BaseUrl) -> bool:
+        """Return whether this is exactly the base's scheme, host and port."""
+        return (self.scheme, self.host, self.port) == (base.scheme, base.host, base.port)
+
+
+def check_link(url: str, settings: Settings, session: Session) -> Link:
+    """Return a link that may be fetched. Raises Failure for one that leads to a private place."""
+    from urllib.parse import quote, urljoin, urlsplit
+
+    full = quote(urljoin(settings.base.url + "/", url.strip()), safe="%!#$&'()*+,/:;=?@[]~")
+    try:
+        parts = urlsplit(full)
+        host = (parts.hostname or "").rstrip(".")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        raise link_failure("the picture's link is malformed") from None
+    if parts.scheme not in ("http", "https") or not host or "@" in parts.netloc:
+        raise link_failure(f"the picture's link is not http(s): {printable(full, 100)}")
+    if parts.scheme == "http" and settings.base.scheme == "https":
+        session.console.warn(f"the picture comes over plain http from {printable(host, 100)}")
+    address = check_host(host, port, settings)
+    return Link(full.partition("#")[0], parts.scheme, host, port, address)
+
+
+def link_failure(message: str, hint: str = "") -> Failure:
+    """Return the failure for one picture that can't be fetched; the answer stays."""
+    return Failure(message, EXIT_UNSAVED, code="download_failed", hint=hint)
+
+
+def check_host(host: str, port: int, settings: Settings) -> str | None:
+    """Return the address to pin a link's host to; Failure for one that is not on the internet.
+
+    The base's own host may be anything, loopback spellings being one host. Behind a proxy only
+    literal addresses are checked, as the proxy does the lookup.
+    """
+    import socket
+
+    base = settings.base
+    if settings.allow_private or host == base.host or (is_loopback(host) and base.loopback):
+        return None
+    literal = literal_address(host)
+    found = [literal] if literal else []
+    if not literal and not behind_proxy(settings):
+        try:
+            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            return None  # curl will say so, and be tried again
+        found = sorted({str(entry[4][0]).partition("%")[0] for entry in entries}, key=len)
+    for address in found:
+        if not is_public(address, bool(literal)):
+            message = f"the picture's link leads to a private address: {printable(host, 100)}"
+            raise link_failure(message, "--allow-private fetches it with recover")
+    return found[0] if found and not literal else None
+
+
+def literal_address(host: str) -> str | None:
+    """Return the address that a host spells out, in any form that a resolver takes, or None."""
+    import socket
+
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))  # 127.1, 0x7f.1 and 2130706433 too
+    except (OSError, UnicodeError):
+        return host if ":" in host else None
+
+
+def is_public(address: str, literal: bool) -> bool:
+    """Return whether an address is on the open internet, mapped forms looked through.
+
+    198.18.0.0/15 is what fake-IP proxies such as Clash give every host (PI-Desktop#867).
+    """
+    from ipaddress import IPv6Address, ip_address, ip_network
+
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if ip in ip_network("64:ff9b::/96"):
+            inner = ip_address(int(ip) & 0xFFFFFFFF)  # type: ignore[assignment]
+        if inner:
+            return is_public(str(inner), literal)
+    if not literal and ip.version == 4 and ip in ip_network("198.18.0.0/15"):
+        return True
+    return ip.is_global and not ip.is_multicast
+
+
+def behind_proxy(settings: Settings) -> bool:
+    """Return whether curl would go through a proxy, as its own variables say."""
+    names = ("https_proxy", "HTTPS_PROXY", "http_proxy", "all_proxy", "ALL_PROXY")
+    return bool(settings.proxy or any(os.environ.get(name) for name in names))
+
+
+def download(url: str, name: str, job: Job, settings: Settings, session: Session) -> str:
+    """Fetch a picture into the job folder and return its path. Raises Failure where it can't."""
+    path = job.path(name)
+    link, hops, tries, with_key = check_link(url, settings, session), 0, 0, False
+    while True:
+        end, headers = fetch(link, path, job, settings, session, with_key)
+        if end.code == 0 and end.status in (200, 206):
+            return path
+        location = headers.get("location")
+        if end.status in REDIRECTS and location and hops < MAX_REDIRECTS and not with_key:
+            hops += 1
+            link = next_hop(link, location, settings, session)
+            remove_file(path)
+            continue
+        if end.status in (401, 403) and settings.key and not with_key:
+            if link.same_origin(settings.base):
+                with_key = True
+                continue
+        tries += 1
+        if end.code == 33 or end.status == 416:
+            remove_file(path)  # it can't be resumed: start over
+        if tries >= MAX_FETCHES or not worth_retrying(end):
+            raise link_failure(download_message(end, link), "recover tries again")
+        time.sleep(retry_delay(tries, None))
+
+
+def next_hop(link: Link, location: str, settings: Settings, session: Session) -> Link:
+    """Return the checked link that a redirect points to."""
+    from urllib.parse import urljoin
+
+    return check_link(urljoin(link.url, location), settings, session)
+
+
+def worth_retrying(end: CurlEnd) -> bool:
+    """Return whether a fetch may do better next time: a GET costs nothing."""
+    if end.status >= 400 and end.status != 416:
+        return end.status in (408, 425, 429) or end.status >= 500
+    return end.code not in (0, 1, 3, 60, 63, 77)
+
+
+def download_message(end: CurlEnd, link: Link) -> str:
+    """Return why a picture could not be fetched."""
+    row = CURL_EXITS.get(end.code or 0)
+    if end.status >= 300:
+        why = f"HTTP {end.status}"
+    else:
+        why = row.sentence if row else f"curl ended with {end.code}"
+    return f"the picture could not be fetched from {printable(link.host, 100)}: {why}"
+
+
+def fetch(
+    link: Link, path: str, job: Job, settings: Settings, session: Session, with_key: bool
+) -> tuple[CurlEnd, dict[str, str]]:
+    """Run curl once for a link, going on where an earlier try was cut."""
+    header_path, line_path = job.path("download-headers.txt"), job.path("download-curl.txt")
+    for name in (path, header_path):
+        if not os.path.exists(name):
+            private_file(name)
+    lines = [*connection_lines(settings, link.url, link.host), b"fail\n"]
+    lines += [curl_line("output", path), curl_line("dump-header", header_path)]
+    lines.append(b"max-filesize = %d\nspeed-limit = 1\nspeed-time = 60\n" % MAX_DOWNLOAD_BYTES)
+    if link.address:
+        pin = f"[{link.address}]" if ":" in link.address else link.address
+        lines.append(curl_line("resolve", f"{link.host}:{link.port}:{pin}"))
+    if with_key:
+        lines += key_lines(settings)
+    if os.path.getsize(path):
+        lines.append(b'continue-at = "-"\n')
+    end = run_curl(b"".join(lines), line_path, session, lambda: os.path.getsize(path))
+    if end.signal:
+        raise Interrupted(end.signal)
+    if os.path.getsize(path) > MAX_DOWNLOAD_BYTES:  # before 8.4 curl trusts Content-Length
+        remove_file(path)
+        raise link_failure(f"the picture is larger than {MAX_DOWNLOAD_BYTES // MEGABYTE} MB")
+    with open(header_path, "rb") as file:
+        return end, parse_headers(file.read(MEGABYTE))
+
+
+def remove_file(path: str) -> None:
+    """Remove a file that may not be there."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+################################################################################
+# Saving
+################################################################################
+# The one door through which pictures reach the disk: whole or not at all, never over another file.
+
+
+def picture_pieces(source: ImageSource, job: Job, downloaded: str) -> Iterator[bytes]:
+    """Yield a picture's bytes from the job folder: a download, or base64 in the answer."""
+    if source.kind == "url":
+        with open(downloaded, "rb") as file:
+            yield from iter(lambda: file.read(WINDOW), b"")
+    elif isinstance(source.value, Span):
+        with open(job.path(ANSWER), "rb") as file:
+            yield from decode_base64(span_pieces(file, source.value))
+    elif re.match(r"data:[^,]*,", source.value) and ";base64," not in source.value[:200]:
+        from urllib.parse import unquote_to_bytes
+
+        yield unquote_to_bytes(source.value.partition(",")[2])
+    else:
+        yield from decode_base64([source.value.encode("utf-8", "replace")])
+
+
+def write_picture(
+    pieces: Iterable[bytes], folder: str, name: Callable[[str], str], force: bool, session: Session
+) -> Picture:
+    """Write one picture into a folder under `name(suffix)` and return it as it is on disk.
+
+    Raises OSError where the folder can't take it, Failure where the bytes are no whole picture.
+    """
+    from hashlib import sha256
+
+    digest = sha256() if session.digest else None
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{PROGRAM}-{os.urandom(6).hex()}.part")
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(temporary, flags, 0o600), "w+b") as file:
+            for piece in pieces:
+                file.write(piece)
+                if digest:
+                    digest.update(piece)
+            file.flush()
+            os.fsync(file.fileno())  # the answer is removed after this: it must be on the disk
+            size = file.seek(0, os.SEEK_END)
+            info = check_picture(inspect_picture(file))
+        os.chmod(temporary, session.mode)
+        path = publish(temporary, name(FORMATS[info.format][0][0]), force)
+    finally:
+        remove_file(temporary)
+    sync_folder(folder)
+    sha = digest.hexdigest() if digest else ""
+    return Picture(path, size, info.format, info.width, info.height, sha)
+
+
+def check_picture(info: PictureInfo | None) -> PictureInfo:
+    """Return what the bytes are, if they are a whole picture; Failure else."""
+    if info and info.whole:
+        return info
+    why = "is cut: its end is missing" if info else "is no picture"
+    raise Failure(f"what came {why}", EXIT_UNSAVED, code="bad_image")
+
+
+def publish(temporary: str, path: str, force: bool) -> str:
+    """Give a finished file its name and return it; a taken name is passed over, never replaced."""
+    if force:
+        os.replace(temporary, path)
+        return path
+    stem, suffix = os.path.splitext(path)
+    for number in range(1, 10_000):
+        free = path if number == 1 else f"{stem}-{number}{suffix}"
+        try:
+            os.link(temporary, free)
+            return free
+        except FileExistsError:
+            continue
+        except (OSError, AttributeError, NotImplementedError):  # no hard links here
+            try:
+                private_file(free)
+            except FileExistsError:
+                continue
+            os.replace(temporary, free)
+            return free
+    raise FileExistsError(f"no free name beside {path}")
+
+
+def sync_folder(folder: str) -> None:
+    """Make a new name as lasting as its file, where the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    os.close(handle)
+
+
+class Saving(NamedTuple):
+    """What became of the pictures of one answer."""
+
+    pictures: tuple[Picture, ...]
+    problems: tuple[Failure, ...]
+    fallbacks: int = 0  # saved in the job folder, as their own couldn't take them
+
+
+def save_pictures(
+    reply: Reply, job: Job, request: Request, target: Target, settings: Settings, session: Session
+) -> Saving:
+    """Save every picture of an answer, each reported at once; a bad one stops no other."""
+    pictures, problems, fallbacks = [], [], 0
+    for index, source in enumerate(reply.images):
+        try:
+            picture = save_picture(index, source, job, target, settings, session)
+        except (Failure, OSError, ValueError) as error:
+            problems.append(picture_problem(index, error))
+            session.console.error(f"{PROGRAM}: {problems[-1]}")
+            continue
+        fallbacks += os.path.dirname(picture.path) == job.folder
+        pictures.append(picture)
+        check_against_request(picture, request, target, session.console)
+        session.console.saved(picture)
+    return Saving(tuple(pictures), tuple(problems), fallbacks)
+
+
+def picture_problem(index: int, error: Exception) -> Failure:
+    """Return why one picture could not be saved."""
+    why = os_reason(error) if isinstance(error, OSError) else str(error)
+    code = error.code if isinstance(error, Failure) else "not_saved"
+    return Failure(f"picture {index + 1}: {why}", EXIT_UNSAVED, code=code)
+
+
+def save_picture(
+    index: int, source: ImageSource, job: Job, target: Target, settings: Settings, session: Session
+) -> Picture:
+    """Save one picture where it was planned, else in the job folder, and say so."""
+    downloaded = ""
+    if source.kind == "url" and isinstance(source.value, str):
+        downloaded = download(source.value, f"download-{index + 1}", job, settings, session)
+
+    def spare_name(suffix: str) -> str:
+        return job.path(f"image-{index + 1}.{suffix}")
+
+    def planned_name(suffix: str) -> str:
+        return target.path(index, suffix)
+
+    with session.signals:
+        pieces = picture_pieces(source, job, downloaded)
+        if target.stdout and index == 0:
+            picture = write_picture(pieces, job.folder, spare_name, True, session)
+            return send_to_stdout(picture)._replace(revised_prompt=source.revised_prompt)
+        try:
+            picture = write_picture(pieces, target.folder, planned_name, target.force, session)
+        except OSError as error:
+            where = f"{target.folder}: {os_reason(error)}"
+            session.console.warn(f"cannot write in {where}; the picture is kept in {job.folder}")
+            pieces = picture_pieces(source, job, downloaded)
+            picture = write_picture(pieces, job.folder, spare_name, True, session)
+    return picture._replace(revised_prompt=source.revised_prompt)
+
+
+def send_to_stdout(picture: Picture) -> Picture:
+    """Copy a picture's bytes to standard output. Raises OSError where that is closed or full."""
+    with open(picture.path, "rb") as file:
+        for piece in iter(lambda: file.read(WINDOW), b""):
+            if not write_stream(sys.stdout, piece):
+                raise OSError("standard output is closed or full")
+    os.unlink(picture.path)
+    return picture._replace(path="-")
+
+
+def check_against_request(
+    picture: Picture, request: Request, target: Target, console: Console
+) -> None:
+    """Warn where a picture is not what was asked for; it is kept all the same."""
+    got = (picture.width, picture.height)
+    name = os.path.basename(picture.path)
+    if request.pixels and got != request.pixels and picture.format != "svg":
+        console.warn(f"{name} is {size_text(got)}, not {size_text(request.pixels)} as asked")
+    suffix = os.path.splitext(target.name)[1].lstrip(".").lower()
+    asked = SUFFIX_FORMATS.get(suffix) if suffix else request.get("output_format")
+    if (asked or suffix) and asked != picture.format:
+        console.warn(f"{name} holds {picture.format}, not {asked or suffix}; its name is kept")
+    planned = os.path.join(target.folder, target.name)
+    if target.name and target.planned == 1 and picture.path != planned and not target.force:
+        if os.path.dirname(picture.path) == target.folder and os.path.lexists(planned):
+            console.warn(f"{target.name} appeared meanwhile; the picture is {name}")
+
+
+################################################################################
+# One request
+################################################################################
+# The middle of the pipeline, shared by all commands: job folder, curl, verdict, saving, clean-up.
+
+
+class Answer(NamedTuple):
+    """What the last attempt brought."""
+
+    verdict: Verdict
+    reply: Reply
+    end: CurlEnd
+    headers: dict[str, str]
+    attempts: int
+
+
+class Outcome(NamedTuple):
+    """What one request came to, for the terminal, the JSON document and the exit code."""
+
+    command: str
+    request: Request | None = None
+    pictures: tuple[Picture, ...] = ()
+    failure: Failure | None = None
+    answer: Answer | None = None
+    job_id: str | None = None
+    recover_id: str | None = None
+    resumed: bool = False
+    sandbox: bool = False
+
+
+def perform(request: Request, target: Target, settings: Settings, session: Session) -> Outcome:
+    """Send a checked request, or finish the one under way, and save what comes."""
+    find_curl()
+    job = None if session.new else adopt_job(request, target, settings, session.console)
+    if job:
+        session.console.say(f"resumed: job {job.id} already has this request; --new sends another")
+    else:
+        job = create_job(request, target, settings, session.console)
+        announce(request, settings, session.console)
+    session.console.say(f"Job: {job.id}")
+    outcome = Outcome(request.command, request, job_id=job.id, resumed=job.resumed)
+    try:
+        job, answer = deliver(job, request, settings, session)
+        outcome = outcome._replace(answer=answer, job_id=job.id, sandbox=settings.sandbox)
+        outcome = save_answer(outcome, job, target, settings, session)
+    except Interrupted as stop:
+        outcome = outcome._replace(failure=stopped(stop.number, bool(job.answer_size())))
+    except OSError as error:
+        failure = Failure(f"job {job.id}: {os_reason(error)}", EXIT_UNKNOWN, maybe_billed=True)
+        outcome = outcome._replace(failure=failure)
+    return settle(job, outcome, session.console)
+
+
+def announce(request: Request, settings: Settings, console: Console) -> None:
+    """Say what is sent, in one line."""
+    words = [request.get("model"), request.get("size"), request.get("quality")]
+    shown = " ".join(str(word) for word in words if word)
+    console.say(f"POST {settings.base.url}/images/{request.endpoint} {shown}")
+
+
+def stopped(number: int, answered: bool, unsent: bool = False) -> Failure:
+    """Return the failure of a call that a signal ended."""
+    from signal import Signals as Names
+
+    why = "part of the answer is kept" if answered else "no answer had come"
+    billed = "nothing was sent" if unsent else f"{why}; the request may have been billed"
+    name = Names(number).name
+    return Failure(
+        f"stopped by {name}: {billed}", 128 + number, code="interrupted", maybe_billed=not unsent
+    )
+
+
+def deliver(job: Job, request: Request, settings: Settings, session: Session) -> tuple[Job, Answer]:
+    """Send until there is a verdict that another try can't better; return the job and it.
+
+    Only what was certainly not served is sent again, unless --retry-unsafe; then the earlier
+    answer keeps its own job folder.
+    """
+    attempt, job_now = 1, job
+    while True:
+        first = attempt == 1 and job.resumed
+        end = await_curl(job_now, session) if first else post(job_now, request, settings, session)
+        answer = read_answer(job_now, end, settings, attempt)
+        verdict = answer.verdict
+        if answer.end.status:
+            session.console.say(f"HTTP {end.status} in {end.seconds:.1f} s")
+        unsafe = session.retry_unsafe and verdict.kind == "unknown"
+        if end.signal or attempt > settings.retries or not (verdict.retry or unsafe):
+            return job_now, answer
+        if verdict.wait is not None and verdict.wait > MAX_WAIT_SECONDS:
+            return job_now, answer._replace(verdict=too_long(verdict))
+        delay = retry_delay(attempt, verdict.wait)
+        left = f"{attempt} of {settings.retries}"
+        session.console.say(f"{verdict.failure}; trying again in {delay:.1f} s ({left})")
+        time.sleep(delay)
+        attempt += 1
+        if unsafe:
+            job_now = next_job(job_now, request, settings, session.console)
+
+
+def next_job(job: Job, request: Request, settings: Settings, console: Console) -> Job:
+    """Leave a job of unknown outcome as it is and return a new one for the next attempt."""
+    record = read_record(job.folder) or {}
+    target = Target(**record["target"])
+    settle(job, Outcome(request.command, request, job_id=job.id), console)
+    return create_job(request, target, settings, console)
+
+
+def too_long(verdict: Verdict) -> Verdict:
+    """Return the verdict for a server that asks for more patience than we have."""
+    failure = verdict.failure
+    assert failure and verdict.wait is not None
+    failure.hint = f"the server asks to wait {verdict.wait:.0f} s; run it again after that"
+    return verdict._replace(retry=False)
+
+
+def post(job: Job, request: Request, settings: Settings, session: Session) -> CurlEnd:
+    """Run curl for the paid POST."""
+    config = post_config(job, request, settings)
+    return run_curl(config, job.path(CURL_LINE), session, job.answer_size)
+
+
+def await_curl(job: Job, session: Session) -> CurlEnd:
+    """Wait for the curl of a job whose script is gone, and return how it ended."""
+    progress = Progress(session.console)
+    started = shown = time.monotonic()
+    try:
+        while curl_lives(job):
+            time.sleep(0.1)  # a lock can't be waited for with a limit
+            if time.monotonic() - shown >= progress.interval:
+                shown = time.monotonic()
+                progress.tick(job.answer_size())
+    finally:
+        progress.stop()
+    status, sent = read_curl_line(job.path(CURL_LINE))
+    return CurlEnd(None, status, sent, "", time.monotonic() - started)
+
+
+def read_answer(
+    job: Job, end: CurlEnd, settings: Settings, attempts: int, salvage: bool = False
+) -> Answer:
+    """Read what an attempt left in the job folder and judge it."""
+    try:
+        with open(job.path(HEADERS), "rb") as file:
+            headers = parse_headers(file.read(MEGABYTE))
+    except OSError:
+        headers = {}
+    reply = read_reply(job.path(ANSWER), salvage)
+    return Answer(judge(end, headers, reply, settings), reply, end, headers, attempts)
+
+
+def save_answer(
+    outcome: Outcome, job: Job, target: Target, settings: Settings, session: Session
+) -> Outcome:
+    """Save the pictures of an answer, if it has some, and say what came of it."""
+    answer, request = outcome.answer, outcome.request
+    assert answer and request
+    if answer.verdict.failure and not answer.reply.images:
+        failure = answer.verdict.failure
+        if answer.end.signal:
+            failure = stopped(answer.end.signal, bool(job.answer_size()))
+        return outcome._replace(failure=failure)
+    saving = save_pictures(answer.reply, job, request, target, settings, session)
+    failure_ = saving_failure(saving, request.total) or answer.verdict.failure
+    return outcome._replace(pictures=saving.pictures, failure=failure_)
+
+
+def saving_failure(saving: Saving, asked: int) -> Failure | None:
+    """Return the failure where not every picture is saved where it was asked for."""
+    came = len(saving.pictures) + len(saving.problems)
+    if not saving.pictures:
+        return Failure(f"none of {came} pictures could be saved; the answer is kept", EXIT_UNSAVED)
+    if saving.problems:
+        return Failure(f"{len(saving.pictures)} of {came} pictures saved", EXIT_PARTIAL)
+    if saving.fallbacks:
+        return Failure("pictures are in the job folder, not where they were to go", EXIT_PARTIAL)
+    if came < asked:
+        return Failure(f"{came} of the {asked} pictures asked for came", EXIT_PARTIAL)
+    return None
+
+
+def settle(job: Job, outcome: Outcome, console: Console) -> Outcome:
+    """Remove a job that has nothing left to give; keep any other, without the key."""
+    failure, answer = outcome.failure, outcome.answer
+    all_saved = bool(outcome.pictures) and not any(
+        os.path.dirname(picture.path) == job.folder for picture in outcome.pictures
+    )
+    came = len(answer.reply.images) if answer else 0
+    done = all_saved and len(outcome.pictures) >= came and bool(answer and answer.reply.whole)
+    served = not (answer and answer.verdict.kind in ("refused", "unsent"))
+    if done or not served:
+        remove_job(job)
+        return outcome
+    blank_secrets(job, console)
+    set_status(job, "kept" if came else "unknown")
+    alive = bool(job.answer_size()) or curl_lives(job)
+    job.lock.close()
+    if failure and outcome.resumed and not outcome.pictures:
+        failure.hint = "--new sends another"
+    return outcome._replace(recover_id=job.id if alive else None)
+
+
+################################################################################
+# Cost
+################################################################################
+# What an answer cost, from its usage and the provider's prices; an estimate before it is sent.
+
+
+class Tokens(NamedTuple):
+    """The tokens of one answer, whichever names its usage had."""
+
+    text_in: int = 0
+    image_in: int = 0
+    cached_in: int = 0
+    out: int = 0
+    total: int = 0
+
+
+class Cost(NamedTuple):
+    """An amount of money in a provider's own currency."""
+
+    amount: float
+    currency: str
+    estimated: bool = False
+
+    def __str__(self) -> str:
+        mark = "about " if self.estimated else ""
+        if self.currency == "USD":
+            return f"{mark}${self.amount:.4f}"
+        return (
+            f"{mark}{self.amount:.4g} {self.currency}"
+            if self.amount < 1
+            else (f"{mark}{self.amount:.0f} {self.currency}")
+        )
+
+
+class Price(NamedTuple):
+    """What a million tokens cost: text in and cached, image in and cached, image out."""
+
+    text_in: float
+    text_cached: float
+    image_in: float
+    image_cached: float
+    out: float
+
+
+# USD per million tokens by model family: OpenAI's pricing page, 2026-11-21.
+PRICES = {
+    "2": Price(5, 1.25, 8, 2, 30),
+    "2.5": Price(5, 1.25, 8, 2, 30),
+    "2.6": Price(5, 1.25, 8, 2, 30),
+    "1.5": Price(5, 1.25, 8, 2, 32),
+    "1-mini": Price(2, 0.20, 2.50, 0.25, 8),
+    "1": Price(5, 1.25, 10, 2.50, 40),
+}
+# OpenAI-HK's formula: (text in * 5 + image in * 10 + out * 40) * 7.1 * 10000 / 1,000,000 credits.
+HK_PRICE = Price(*(dollars * 71_000 for dollars in (5, 5, 10, 10, 40)))
+PARTIAL_TOKENS = 100  # each partial image (SDK)
+# Output tokens of the 1.x models (square, portrait, landscape) by quality: the guide.
+OLD_TOKENS = {"low": (272, 408, 400), "medium": (1056, 1584, 1568), "high": (4160, 6240, 6208)}
+
+
+def count(value: Any, *names: str) -> int:
+    """Return the first positive whole number under one of the names of a usage object."""
+    for name in names:
+        found = value.get(name) if isinstance(value, dict) else None
+        if isinstance(found, (int, float)) and found > 0:
+            return int(found)
+    return 0
+
+
+def read_usage(usage: dict[str, Any] | None) -> Tokens | None:
+    """Return the tokens of a usage object, OpenAI's names first, then NodeKey's; None for none."""
+    if not usage:
+        return None
+    details = usage.get("input_tokens_details") or usage.get("prompt_tokens_details") or {}
+    if not count(usage, "input_tokens") and usage.get("prompt_tokens_details"):
+        details = usage["prompt_tokens_details"]
+    total_in = count(usage, "input_tokens", "prompt_tokens")
+    image_in = min(count(details, "image_tokens"), total_in)
+    out = count(usage, "output_tokens", "completion_tokens")
+    total = count(usage, "total_tokens") or total_in + out
+    cached = min(count(details, "cached_tokens"), total_in)
+    return Tokens(total_in - image_in, image_in, cached, out, total) if total else None
+
+
+def price_of(model: str, settings: Settings) -> tuple[Price, str] | None:
+    """Return the price of a model's tokens and its currency, the config's `prices` first."""
+    own = settings.prices or {}
+    row = own.get(model) if isinstance(own.get(model), dict) else own
+    if isinstance(row, dict) and row.get("out") is not None:
+        try:
+            amounts = [float(row.get(name, 0)) for name in Price._fields]
+        except (TypeError, ValueError):
+            raise config_failure(f"prices of {model} hold something that is no number") from None
+        return Price(*amounts), str(own.get("currency", row.get("currency", "USD")))
+    if settings.provider.name == "openai-hk":
+        return HK_PRICE, settings.provider.currency
+    known = MODELS.get(model)
+    if settings.provider.name == "openai" and known and known.family in PRICES:
+        return PRICES[known.family], settings.provider.currency
+    return None
+
+
+def token_cost(tokens: Tokens, price: Price) -> float:
+    """Return what tokens cost; cached ones are counted as text first."""
+    text_cached = min(tokens.cached_in, tokens.text_in)
+    image_cached = min(tokens.cached_in - text_cached, tokens.image_in)
+    amounts = (
+        (tokens.text_in - text_cached) * price.text_in,
+        text_cached * price.text_cached,
+        (tokens.image_in - image_cached) * price.image_in,
+        image_cached * price.image_cached,
+        tokens.out * price.out,
+    )
+    return sum(amounts) / 1_000_000
+
+
+def answer_cost(answer: Answer, request: Request, settings: Settings) -> Cost | None:
+    """Return what an answer cost, or None where no price is known."""
+    if settings.sandbox:
+        return None
+    header = answer.headers.get("x-litellm-response-cost", "")
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", header):
+        return Cost(float(header), "USD")
+    tokens = read_usage(answer.reply.usage)
+    known = price_of(str(request.get("model")), settings)
+    return Cost(token_cost(tokens, known[0]), known[1]) if tokens and known else None
+
+
+def output_tokens(request: Request) -> int | None:
+    """Return an estimate of one picture's output tokens; auto quality counts as high.
+
+    The formula is an inference that fits all nine published points of gpt-image-2.
+    """
+    from math import ceil
+
+    model = MODELS.get(str(request.get("model")))
+    quality = request.get("quality", "auto")
+    quality = "high" if quality in ("auto", "xhigh", "max") else quality
+    width, height = request.pixels or (1024, 1024)
+    base = {"low": 16, "medium": 48, "high": 96}.get(str(quality))
+    if not model or not base:
+        return None
+    if model.family in ("1", "1.5", "1-mini"):
+        return OLD_TOKENS[str(quality)][0 if width == height else 1 if height > width else 2]
+    side = round(base * min(width, height) / max(width, height))
+    return ceil(base * side * (2_000_000 + width * height) / 4_000_000)
+
+
+def estimate_cost(request: Request, settings: Settings) -> Cost | None:
+    """Return what a request may cost, marked as an estimate; None where no price is known."""
+    known = price_of(str(request.get("model")), settings)
+    out = output_tokens(request)
+    if not known or not out or settings.sandbox:
+        return None
+    partials = request.get("partial_images", 0) if request.get("stream") else 0
+    text_in = len(str(request.get("prompt"))) // 4 + 1
+    each = Tokens(text_in, 0, 0, out + PARTIAL_TOKENS * int(partials or 0))
+    return Cost(token_cost(each, known[0]) * request.total, known[1], True)
+
+
+################################################################################
+# Reports
+################################################################################
+# From an Outcome to lines on stderr, one JSON document on stdout, and the exit code.
+
+
+def recover_command(job_id: str) -> str:
+    """Return the command line that brings out a job's pictures, runnable as it stands."""
+    words = [sys.executable or "python3", os.path.abspath(__file__), "recover", job_id]
+    return " ".join(quoted(word) for word in words)
+
+
+def usage_line(answer: Answer, cost: Cost | None) -> str:
+    """Return `281 tokens, $0.0083`, as far as it is known."""
+    tokens = read_usage(answer.reply.usage)
+    words = [f"{tokens.total} tokens"] if tokens else []
+    return ", ".join([*words, *([str(cost)] if cost else [])])
+
+
+def report(outcome: Outcome, settings: Settings, session: Session) -> int:
+    """Print what an outcome came to and return the exit code."""
+    console, answer, failure = session.console, outcome.answer, outcome.failure
+    cost = None
+    if answer and outcome.request and answer.reply.images:
+        cost = answer_cost(answer, outcome.request, settings)
+        line = usage_line(answer, cost)
+        if line:
+            console.say(line)
+    if console.json:
+        console.document(outcome_document(outcome, cost, console))
+    if failure:
+        console.error(f"{PROGRAM}: {failure}")
+    if outcome.recover_id:
+        console.error(f"Recover: {recover_command(outcome.recover_id)}")
+    return failure.exit_code if failure else EXIT_OK
+
+
+def base_document(command: str, failure: Failure | None, console: Console) -> dict[str, Any]:
+    """Return the JSON document that every command's begins with."""
+    return {
+        "schema": 1,
+        "ok": failure is None,
+        "command": command,
+        "warnings": console.warnings,
+        "error": failure_document(failure, console) if failure else None,
+    }
+
+
+def failure_document(failure: Failure, console: Console) -> dict[str, Any]:
+    """Return the `error` object of the JSON document."""
+    return {
+        "code": failure.code,
+        "message": printable(console.scrub(failure.message)),
+        "hint": printable(console.scrub(failure.hint)),
+        "http_status": failure.http_status,
+        "exit_code": failure.exit_code,
+        "maybe_billed": failure.maybe_billed,
+    }
+
+
+def outcome_document(outcome: Outcome, cost: Cost | None, console: Console) -> dict[str, Any]:
+    """Return the one JSON document of a request."""
+    answer, request = outcome.answer, outcome.request
+    usage = answer.reply.usage if answer else None
+    return {
+        **base_document(outcome.command, outcome.failure, console),
+        "model": request.get("model") if request else None,
+        "images": [picture._asdict() for picture in outcome.pictures],
+        "partials": [],
+        "usage": usage,
+        "cost": cost._asdict() if cost else None,
+        "elapsed_s": round(answer.end.seconds, 2) if answer else None,
+        "http_status": answer.end.status or None if answer else None,
+        "request_id": printable(answer.headers.get("x-request-id", ""), 200) or None
+        if answer
+        else None,
+        "attempts": answer.attempts if answer else 0,
+        "job_id": outcome.job_id,
+        "recover_id": outcome.recover_id,
+        "resumed": outcome.resumed,
+        "sandbox": outcome.sandbox,
+    }
+
+
+def masked(key: str | None) -> str:
+    """Return what may be shown of a key: its last four characters, if it is long enough."""
+    if not key:
+        return "none"
+    return f"{key[:3]}…{key[-4:]}" if len(key) >= 20 else "****"
+
+
+def dry_run_document(request: Request, target: Target, settings: Settings) -> dict[str, Any]:
+    """Return what would be sent, from the same values; the key masked, nothing made."""
+    estimate = estimate_cost(request, settings)
+    name = settings.auth_header.partition(":")[0]
+    parts = form_files(request, settings.image_field)
+    suffix = (
+        FORMATS[str(request.get("output_format", "png"))][0][0]
+        if (request.get("output_format", "png") in FORMATS)
+        else "png"
+    )
+    paths = ["-"] if target.stdout else [target.path(i, suffix) for i in range(target.planned)]
+    return {
+        "endpoint": f"{settings.base.url}/images/{request.endpoint}",
+        "fields": payload(request),
+        "files": [
+            {"field": part[0], "path": part[1] or None, "media_type": part[2], "bytes": file.size}
+            for part, file in zip(parts, request.files)
+        ],
+        "headers": {
+            **{k: "****" if SECRET_NAMES.search(k) else v for k, v in settings.headers},
+            **({name: masked(settings.key)} if settings.key else {}),
+        },
+        "key_source": settings.key_source if settings.key else None,
+        "paths": paths,
+        "estimate": estimate._asdict() if estimate else None,
+    }
+
+
+def show_dry_run(request: Request, target: Target, settings: Settings, session: Session) -> int:
+    """Print what would be sent and where the pictures would go; create nothing."""
+    document, console = dry_run_document(request, target, settings), session.console
+    if console.json:
+        console.document({**base_document(request.command, None, console), "dry_run": document})
+        return EXIT_OK
+    console.emit(f"POST {document['endpoint']}")
+    for name, text in document["headers"].items():
+        console.emit(f"  {name}: {text}")
+    for line in json.dumps(document["fields"], indent=2, ensure_ascii=False).splitlines():
+        console.emit(UNPRINTABLE.sub(" ", line))
+    for file in document["files"]:
+        where = file["path"] or "drawn by --mask-box"
+        console.emit(f"  {file['field']}: {where} ({file['media_type']}, {file['bytes']} bytes)")
+    for path in document["paths"]:
+        console.emit(f"would save: {path}")
+    estimate = estimate_cost(request, settings)
+    console.emit(f"estimate: {estimate or 'no price is known here'}")
+    return EXIT_OK
+
+
+################################################################################
+# Sandbox
+################################################################################
+# A local server that answers like the API in force, with pictures that are plainly placeholders.
+
+# The letters are 5 x 7 dots: seven base-32 digits each, one per row from the top, whose five bits
+# are the dots of that row from left to right ("h" is 10001, "v" is 11111).
+GLYPH_CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"-+*/()&#%@=×… "
+GLYPHS = """
+    fhhvhhh uhhuhhu fgggggf uhhhhhu vggsggv vggsggg fggjhhf hhhvhhh e44444e 72222ic hikokih ggggggv
+    hrllhhh hhpljhh ehhhhhe uhhhugg ehhhlid uhhukih fgge11u v444444 hhhhhhe hhhhaa4 hhhllla hha4ahh
+    hhha444 v1248gv ehjlphe 4c4444e eh168gv u11e11u 26aiv22 vgu11he fgguhhe v112444 ehhehhe ehhf11u
+    0000066 0000448 0660660 0440448 4444404 eh12404 4480000 aaa0000 000e000 044v440 0level0 112488g
+    2488842 8422248 8kk8lid aavavaa pp248jj ehnlngf 00v0v00 00a4a00 000000l 0000000
+"""
+HOLLOW_BOX = "0vhhhv0"  # stands for every character that the font lacks
+
+
+class Canvas:
+    """The rows of an RGB picture, each led by its PNG filter byte, on a diagonal gradient."""
+
+    def __init__(self, width: int, height: int, hue: int) -> None:
+        self.width, self.height = width, height
+        self.stride = 1 + 3 * width
+        self.font = dict(zip(GLYPH_CHARACTERS, GLYPHS.split()))
+        strip = gradient(width + height, hue)
+        rows = (b"\0" + strip[3 * y : 3 * (y + width)] for y in range(height))
+        self.data = bytearray().join(rows)
+
+    def lighten(self, x: int, y: int, width: int, height: int, tint: bytes) -> None:
+        """Map the colours of a rectangle through the 256 values of `tint`."""
+        for row in range(y, y + height):
+            start = row * self.stride + 1 + 3 * x
+            stop = start + 3 * width
+            self.data[start:stop] = self.data[start:stop].translate(tint)
+
+    def disc(self, x: int, y: int, radius: int, tint: bytes) -> None:
+        """Lighten the part of a disc around (x, y) that lies on the canvas."""
+        for row in range(max(0, y - radius), min(self.height, y + radius)):
+            half = round((radius**2 - (row - y) ** 2) ** 0.5)
+            left, right = max(0, x - half), min(self.width, x + half)
+            self.lighten(left, row, max(0, right - left), 1, tint)
+
+    def frame(self, margin: int, line: int, tint: bytes) -> None:
+        """Draw a rectangle of thin lines, `margin` pixels inside the edge."""
+        across, down = self.width - 2 * margin, self.height - 2 * margin
+        for y in (margin, self.height - margin - line):
+            self.lighten(margin, y, across, line, tint)
+        for x in (margin, self.width - margin - line):
+            self.lighten(x, margin + line, line, down - 2 * line, tint)
+
+    def text(self, text: str, y: int, dot: int, tint: bytes) -> None:
+        """Write one centred line, its top at `y`, with dots of `dot` x `dot` pixels."""
+        left = (self.width - (6 * len(text) - 1) * dot) // 2
+        for index, character in enumerate(text):
+            for row, digit in enumerate(self.font.get(character, HOLLOW_BOX)):
+                for column, bit in enumerate(f"{int(digit, 32):05b}"):
+                    if bit == "1":
+                        x = left + (6 * index + column) * dot
+                        self.lighten(x, y + row * dot, dot, dot, tint)
+
+
+def gradient(length: int, hue: int) -> bytes:
+    """Return `length` RGB pixels that drift from a deep tone to a lighter neighbouring hue."""
+    from colorsys import yiq_to_rgb
+    from math import cos, pi, radians, sin
+
+    pixels = bytearray()
+    for index in range(length):
+        ease = (1 - cos(pi * index / length)) / 2
+        angle = radians(hue + 70 * ease)
+        # In YIQ the brightness does not hang on the hue: white text is legible on all of them.
+        rgb = yiq_to_rgb(0.27 + 0.13 * ease, 0.14 * cos(angle), 0.14 * sin(angle))
+        pixels += bytes(round(255 * channel) for channel in rgb)
+    return bytes(pixels)
+
+
+def white_tint(opacity: float) -> bytes:
+    """Return the table that lays white of the given opacity over a colour channel."""
+    return bytes(round(value + (255 - value) * opacity) for value in range(256))
+
+
+def wrap_words(prompt: str, columns: int) -> list[str]:
+    """Return the first words of the prompt as at most three lines."""
+    from textwrap import wrap
+
+    words = " ".join(prompt.upper().split())
+    return wrap(words[: 4 * columns], columns, max_lines=3, placeholder="…")
+
+
+def write_words(canvas: Canvas, prompt: str) -> None:
+    """Write the title, the size and the prompt as one block in the middle of the canvas."""
+    width, height = canvas.width, canvas.height
+    dot = min(width // 60, height // 44)  # of the title; it leaves room for all the rest
+    small = dot // 4
+    lines = [("SANDBOX", dot, 0, 0.96), (f"{width}×{height}", (dot + 2) // 3, 2 * dot, 0.8)]
+    if small:
+        for line in wrap_words(prompt, width * 4 // 5 // (6 * small)):
+            lines.append((line, small, 4 * small if len(lines) > 2 else 4 * dot, 0.9))
+    y = (height - sum(7 * size + gap for _, size, gap, _ in lines)) // 2
+    for text, size, gap, opacity in lines:
+        canvas.text(text, y + gap, size, white_tint(opacity))
+        y += gap + 7 * size
+
+
+def paint_placeholder(width: int, height: int, prompt: str, shade: int = 0) -> bytes:
+    """Return a PNG placeholder of the given size whose colours follow the prompt and `shade`."""
+    from zlib import crc32
+
+    seed = crc32(prompt.encode("utf-8", "replace")) + 136 * shade
+    canvas = Canvas(width, height, seed % 220 - 10)  # the hues left out are the olive ones
+    short = min(width, height)
+    canvas.disc(width * 4 // 5, height // 5, short * 2 // 5, white_tint(0.05))
+    canvas.disc(width // 6, height * 7 // 8, short // 2, white_tint(0.04))
+    if short >= 48:
+        canvas.frame(short // 24, 1 + short // 500, white_tint(0.4))
+    write_words(canvas, prompt)
+    return encode_png(width, height, 2, bytes(canvas.data), 1)
+
+
+class SandboxRequest(NamedTuple):
+    """One POST to the sandbox: the endpoint, its fields, and the first image's size."""
+
+    endpoint: str
+    fields: dict[str, Any]
+    first_size: tuple[int, int] | None = None
+
+
+def read_sandbox_request(path: str, content_type: str, body: bytes) -> SandboxRequest:
+    """Return what a POST asks for, from JSON or multipart. Raises ValueError for neither."""
+    endpoint = path.rpartition("/")[2]
+    if not content_type.startswith("multipart/"):
+        fields = json.loads(body)
+        if not isinstance(fields, dict):
+            raise ValueError("the body is not a JSON object")
+        return SandboxRequest(endpoint, fields)
+    from email import message_from_bytes
+    from io import BytesIO
+
+    message = message_from_bytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
+    fields, first_size = {}, None
+    for part in message.get_payload() if message.is_multipart() else []:
+        name = str(part.get_param("name", "", "content-disposition"))  # type: ignore[union-attr]
+        data = part.get_payload(decode=True)  # type: ignore[union-attr]
+        assert isinstance(data, bytes)
+        info = inspect_picture(BytesIO(data)) if name.startswith("image") else None
+        if info and not first_size:
+            first_size = (info.width, info.height)
+        fields[name] = "" if info else data.decode("utf-8", "replace")
+    return SandboxRequest(endpoint, fields, first_size)
+
+
+def sandbox_refusal(
+    request: SandboxRequest, provider: Provider
+) -> tuple[int, dict[str, Any]] | None:
+    """Return the error that the provider would answer with, or None: unknown fields, bad sizes."""
+    fields = request.fields
+    known = {
+        field.name.partition(".")[0] for field in FIELDS if request.endpoint in field.endpoints
+    }
+    known |= {"prompt", "stream", "partial_images", "image", "mask", "markup"}
+    if provider.strict:
+        known.discard("response_format")
+        for name in fields:
+            if name.partition("[")[0] not in known:
+                return api_error(400, f"Unknown parameter: '{name}'.", "unknown_parameter", name)
+    if not str(fields.get("prompt") or "").strip():
+        return api_error(
+            400, "Missing required parameter: 'prompt'.", "missing_parameter", "prompt"
+        )
+    try:
+        size = parse_size(str(fields.get("size", "auto")))
+    except ValueError:
+        size = (0, 0)
+    fault = size_fault(*size) if size else ""
+    if fault:
+        return api_error(400, f"Invalid size: {fault}.", "invalid_value", "size")
+    if not re.fullmatch("[1-9]|10", str(fields.get("n", 1))):
+        return api_error(400, "Invalid n: it is 1 to 10.", "invalid_value", "n")
+    return None
+
+
+def api_error(status: int, message: str, code: str, param: str = "") -> tuple[int, dict[str, Any]]:
+    """Return an error as the API answers it."""
+    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+    return status, {"error": error}
+
+
+def sandbox_pictures(request: SandboxRequest) -> list[bytes]:
+    """Return the placeholders that a request gets."""
+    fields = request.fields
+    size = parse_size(str(fields.get("size", "auto"))) or request.first_size or (1024, 1024)
+    if size_fault(*size):
+        size = nearest_size(*size)
+    total = int(fields.get("n", 1))
+    return [paint_placeholder(*size, str(fields["prompt"]), shade) for shade in range(total)]
+
+
+def sandbox_answer(
+    request: SandboxRequest, provider: Provider, origin: str, stored: dict[str, bytes]
+) -> tuple[int, dict[str, Any]]:
+    """Return (status, JSON) for a POST, as the provider in force answers; links go to `stored`."""
+    from binascii import b2a_base64
+
+    refused = sandbox_refusal(request, provider)
+    if refused:
+        return refused
+    kind = request.fields.get("response_format") or ("url" if provider.answers_url else "b64_json")
+    data = []
+    for picture in sandbox_pictures(request):
+        if kind == "url":
+            name = f"/pictures/{os.urandom(8).hex()}.png"
+            stored[name] = picture
+            data.append({"url": origin + name})
+        else:
+            data.append({"b64_json": b2a_base64(picture, newline=False).decode("ascii")})
+    text_tokens = len(str(request.fields["prompt"])) // 4 + 1
+    usage = {"input_tokens": text_tokens, "output_tokens": 0, "total_tokens": text_tokens}
+    return 200, {"created": int(time.time()), "data": data, "output_format": "png", "usage": usage}
+
+
+def make_sandbox(provider: Provider, port: int) -> Any:
+    """Return an HTTP server on loopback that answers like the API; port 0 takes a free one."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    stored: dict[str, bytes] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        """Hands requests to sandbox_answer and sends what it says."""
+
+        def do_GET(self) -> None:
+            if self.path.endswith("/models"):
+                self.send_json(200, {"object": "list", "data": [{"id": name} for name in MODELS]})
+            elif self.path in stored:
+                self.send_body(200, "image/png", stored[self.path])
+            else:
+                self.send_json(*api_error(404, f"Not found: {self.path}", "not_found"))
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if not self.path.endswith(("/images/generations", "/images/edits")):
+                self.send_json(*api_error(404, f"Not found: {self.path}", "not_found"))
+                return
+            try:
+                asked = read_sandbox_request(self.path, self.headers["Content-Type"] or "", body)
+            except ValueError as error:
+                self.send_json(*api_error(400, f"Unreadable request: {error}", "invalid_request"))
+                return
+            origin = f"http://127.0.0.1:{self.server.server_address[1]}"
+            self.send_json(*sandbox_answer(asked, provider, origin, stored))
+
+        def send_json(self, status: int, value: dict[str, Any]) -> None:
+            self.send_body(status, "application/json", json.dumps(value).encode("ascii"))
+
+        def send_body(self, status: int, content_type: str, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+def start_sandbox(settings: Settings) -> Settings:
+    """Start the sandbox for this call alone and return the settings that lead to it."""
+    from threading import Thread
+
+    server = make_sandbox(settings.provider, 0)
+    Thread(target=server.serve_forever, daemon=True).start()
+    base = parse_base_url(f"http://127.0.0.1:{server.server_address[1]}/v1")
+    return settings._replace(base=base, key=None, sandbox=True, headers=())
+
+
+################################################################################
+# Commands
+################################################################################
+# One function a command, each the pipeline told once.
+
+
+def setting_flags(args: Args) -> SettingFlags:
+    """Return what of the command line concerns the settings."""
+    values = {key: getattr(args, key, None) for key in SETTINGS}
+    given = {key: value for key, value in values.items() if value is not None}
+    return SettingFlags(given, args.config, args.sandbox, args.allow_private)
+
+
+def load_settings(args: Args, console: Console) -> Settings:
+    """Return the settings in force for a command line."""
+    return resolve_settings(setting_flags(args), dict(os.environ), console)
+
+
+def command_image(args: Args, session: Session) -> int:
+    """generate and edit: from the command line to pictures on disk."""
+    console = session.console
+    settings = load_settings(args, console)
+    request = build_request(ask_from_args(args, settings), settings, console)
+    output_dir = getattr(args, "output_dir", None)
+    target = plan_target(args.output, output_dir, request, settings, args.force)
+    console.stdout_is_data = target.stdout
+    if target.stdout and console.json:
+        raise Failure("-o - and --json both want standard output; pass one of them")
+    check_target(target)
+    if args.dry_run:
+        return show_dry_run(request, target, settings, session)
+    check_connection(settings)
+    if settings.sandbox:
+        settings = start_sandbox(settings)
+    return report(perform(request, target, settings, session), settings, session)
+
+
+def command_recover(args: Args, session: Session) -> int:
+    """recover: list unfinished answers, save the pictures in some, or clean up."""
+    if args.clean:
+        return clean_jobs(args, session.console)
+    folders = list_jobs()
+    if args.words or args.last or args.all:
+        chosen = choose_jobs(args, folders)
+        settings = load_settings(args, session.console)
+        outcomes = [recover_job(folder, args, settings, session) for folder in chosen]
+        return report_recovered(outcomes, settings, session)
+    rows = [job_row(folder) for folder in folders]
+    if session.console.json:
+        session.console.document({**base_document("recover", None, session.console), "jobs": rows})
+    elif rows:
+        for row in rows:
+            prompt = printable(row["prompt"], 50)
+            session.console.emit(f"{row['id']}  {row['state']:22}  {row['command']}  {prompt}")
+    else:
+        session.console.say("no unfinished answers")
+    return EXIT_OK
+
+
+def choose_jobs(args: Args, folders: list[str]) -> list[str]:
+    """Return the job folders that the command line names. Raises Failure for one unknown."""
+    if args.all:
+        return folders
+    if args.last:
+        if not folders:
+            raise Failure("there are no unfinished answers", EXIT_UNSAVED)
+        return folders[-1:]
+    chosen = []
+    for word in args.words:
+        found = [folder for folder in folders if os.path.basename(folder) == word]
+        if not found:
+            raise Failure(
+                f"there is no job {word!r}", EXIT_UNSAVED, hint="recover --list shows all"
+            )
+        chosen += found
+    return chosen
+
+
+def job_row(folder: str) -> dict[str, Any]:
+    """Return what the list shows of one job."""
+    record = read_record(folder) or {}
+    job = take_job(folder)
+    size = os.path.getsize(os.path.join(folder, ANSWER)) if job else 0
+    state = f"answer, {size // 1024 + 1} KB" if size else "no answer"
+    if job is None or curl_lives(job):
+        state = "under way"
+    if job:
+        job.lock.close()
+    fields = dict(record.get("fields") or [])
+    return {
+        "id": os.path.basename(folder),
+        "state": state,
+        "command": str(record.get("command", "?")),
+        "prompt": str(fields.get("prompt", "")),
+        "bytes": size,
+        "folder": folder,
+    }
+
+
+def recover_job(folder: str, args: Args, settings: Settings, session: Session) -> Outcome:
+    """Save the pictures in one job's answer. Never POSTs."""
+    job_id = os.path.basename(folder)
+    empty = Outcome("recover", job_id=job_id)
+    job, record = take_job(folder), read_record(folder)
+    if not job or not record:
+        failure = Failure(f"job {job_id} is under way in another process", EXIT_UNSAVED)
+        return empty._replace(failure=failure)
+    if args.no_wait and curl_lives(job):
+        job.lock.close()
+        failure = Failure(f"job {job_id}: its curl still runs", EXIT_UNSAVED, hint="wait for it")
+        return empty._replace(failure=failure, recover_id=job_id)
+    try:
+        request, target, settings = recovered_values(record, args, settings)
+        end = await_curl(job, session)
+        answer = read_answer(job, end, settings, 1, salvage=True)
+        outcome = empty._replace(request=request, answer=answer)
+        outcome = save_answer(outcome, job, target, settings, session)
+    except Interrupted as stop:
+        outcome = empty._replace(failure=stopped(stop.number, True))
+    outcome = outcome._replace(failure=recover_failure(outcome))
+    return settle(job, outcome, session.console)
+
+
+def recovered_values(
+    record: dict[str, Any], args: Args, settings: Settings
+) -> tuple[Request, Target, Settings]:
+    """Return request, target and settings of a job as its record tells them."""
+    try:
+        fields = tuple((str(name), value) for name, value in record["fields"])
+        request = Request(str(record["command"]), str(record["endpoint"]), fields)
+        target = Target(**record["target"])._replace(stdout=False, force=args.force)
+        base = parse_base_url(str(record["base_url"]))
+    except (KeyError, TypeError, ValueError):
+        raise Failure("the job's record is broken; its answer is kept", EXIT_UNSAVED) from None
+    output_dir = getattr(args, "output_dir", None)
+    if args.output is not None or output_dir is not None:
+        target = plan_target(args.output, output_dir, request, settings, args.force)
+        check_target(target)
+    if base.origin != settings.base.origin:
+        settings = settings._replace(key=None)
+    return request, target, settings._replace(base=base)
+
+
+def recover_failure(outcome: Outcome) -> Failure | None:
+    """Return recover's failure: exit 10 where nothing was saved, 9 where something was."""
+    failure = outcome.failure
+    if not failure or failure.exit_code > 128:
+        return failure
+    exit_code = EXIT_PARTIAL if outcome.pictures else EXIT_UNSAVED
+    message = failure.message
+    if not outcome.pictures:
+        message = f"job {outcome.job_id}: nothing could be saved: {message}"
+    return Failure(message, exit_code, code=failure.code, http_status=failure.http_status)
+
+
+def report_recovered(outcomes: list[Outcome], settings: Settings, session: Session) -> int:
+    """Print what one or many recovered jobs came to; one JSON document in either case."""
+    console = session.console
+    if len(outcomes) == 1:
+        return report(outcomes[0], settings, session)
+    codes = set()
+    documents = [outcome_document(outcome, None, console) for outcome in outcomes]
+    for outcome in outcomes:
+        codes.add(outcome.failure.exit_code if outcome.failure else EXIT_OK)
+        if outcome.failure:
+            console.error(f"{PROGRAM}: {outcome.failure}")
+    failure = None
+    if codes - {EXIT_OK}:
+        exit_code = EXIT_UNSAVED if codes == {EXIT_UNSAVED} else EXIT_PARTIAL
+        failure = Failure("not every job could be recovered", exit_code)
+    if console.json:
+        console.document({**base_document("recover", failure, console), "jobs": documents})
+    return failure.exit_code if failure else EXIT_OK
+
+
+def clean_jobs(args: Args, console: Console) -> int:
+    """Remove the jobs that are older than --older-than and that nobody works on."""
+    limit = time.time() - args.older_than
+    oldest = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(limit))
+    removed = []
+    for folder in list_jobs():
+        job = take_job(folder) if os.path.basename(folder)[:16] <= oldest else None
+        if job and not curl_lives(job):
+            remove_job(job)
+            removed.append(job.id)
+        elif job:
+            job.lock.close()
+    if console.json:
+        console.document({**base_document("recover", None, console), "removed": removed})
+    else:
+        console.say(f"removed {len(removed)} jobs")
+    return EXIT_OK
+
+
+def command_sizes(args: Args, session: Session) -> int:
+    """sizes: the table, or what each spelling resolves to."""
+    console = session.console
+    if not args.words:
+        console.emit(f"{'ratio':6} {'name':11} {'1K':>10} {'2K':>10} {'4K':>10}")
+        for ratio, name, *sizes in SIZES:
+            cells = " ".join(f"{size_text(size):>10}" for size in sizes)
+            console.emit(f"{ratio:6} {name:11} {cells}")
+    for word in args.words:
+        try:
+            size = parse_size(word)
+        except ValueError as error:
+            raise Failure(str(error)) from None
+        fault = size_fault(*size) if size else ""
+        if size and fault and not args.nearest_size:
+            close = size_text(nearest_size(*size))
+            raise Failure(f"size {size_text(size)}: {fault}; the nearest legal size is {close}")
+        console.emit(size_text(nearest_size(*size) if size and fault else size))
+        if word.upper() in TIERS:
+            wide = size_text(parse_size(f"16:9@{word}"))
+            console.say(f"{word} is square; 16:9@{word} is {wide}")
+    return EXIT_OK
+
+
+def command_config(args: Args, session: Session) -> int:
+    """config: write, show or check the settings; spends nothing."""
+    chosen = [name for name in ("init", "show", "check") if getattr(args, name)]
+    if len(chosen) != 1 or args.words:
+        raise Failure("config takes one of --init, --show and --check")
+    if args.init:
+        return init_config(args, session.console)
+    settings = load_settings(args, session.console)
+    if args.show:
+        return show_config(args, settings, session.console)
+    return check_everything(args, settings, session)
+
+
+def config_template(args: Args) -> dict[str, Any]:
+    """Return the settings that --init writes for a profile, or for OpenAI without one."""
+    name = getattr(args, "profile", None) or "openai"
+    provider = PROVIDERS.get(name)
+    settings: dict[str, Any] = dict(provider.template) if provider else {}
+    base_url, key_env = getattr(args, "base_url", None), getattr(args, "api_key_env", None)
+    if base_url:
+        try:
+            settings["base_url"] = parse_base_url(base_url).url
+        except ValueError as error:
+            raise Failure(f"--base-url: {error}") from None
+    if not settings:
+        known = ", ".join(row.name for row in PROVIDERS.values() if row.template)
+        raise Failure(f"profile {name!r} has no template ({known})", hint="pass --base-url too")
+    settings.setdefault("api_key_env", re.sub("[^A-Z0-9]", "_", name.upper()) + "_API_KEY")
+    if key_env:
+        settings["api_key_env"] = key_env
+    return settings
+
+
+def init_config(args: Args, console: Console) -> int:
+    """Write a config file, or add one profile to the one there is."""
+    env = dict(os.environ)
+    path = find_config(args.config, env) or config_places(env)[0]
+    settings, profile = config_template(args), getattr(args, "profile", None)
+    exists = os.path.lexists(path)
+    config = read_config(path) if exists and profile else {}
+    if exists and not profile and not args.force:
+        raise Failure(
+            f"{path} exists", hint="pass --profile NAME to add one, --force to replace it"
+        )
+    if profile:
+        profiles = config.setdefault("profiles", {})
+        if not isinstance(profiles, dict):
+            raise config_failure(f"{path}: profiles is not an object")
+        if profile in profiles and not args.force:
+            raise Failure(f"{path} has a profile {profile} already; pass --force to replace it")
+        profiles[profile] = settings
+        if not exists:
+            config["profile"] = profile
+    else:
+        config = settings
+    write_config(path, config)
+    console.emit(f"Wrote: {path}")
+    name = settings["api_key_env"]
+    if not env.get(name):
+        console.say(f"next: export {name}=YOUR-KEY, then config --check")
+    return EXIT_OK
+
+
+def write_config(path: str, config: dict[str, Any]) -> None:
+    """Write a config file that only its owner can read, whole or not at all."""
+    temporary = f"{path}.{os.urandom(4).hex()}"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        private_file(temporary, text.encode("utf-8"))
+        os.replace(temporary, path)
+    except OSError as error:
+        remove_file(temporary)
+        raise Failure(f"cannot write {path}: {os_reason(error)}") from None
+
+
+def shown_setting(key: str, value: Any, settings: Settings) -> Any:
+    """Return a setting as it may be shown: header values and passwords masked."""
+    if isinstance(value, BaseUrl):
+        return value.url
+    if key == "headers":
+        return {k: "****" if SECRET_NAMES.search(k) else v for k, v in value.items()}
+    if key == "proxy" and value:
+        return re.sub(r"//[^/@]*@", "//****@", value)
+    if key == "provider":
+        return settings.provider.name
+    if key == "auth_header":
+        return settings.auth_header
+    return sorted(value) if key == "profiles" else value
+
+
+def show_config(args: Args, settings: Settings, console: Console) -> int:
+    """Print each setting, where it came from and what it hides; the key masked."""
+    path = find_config(args.config, dict(os.environ))
+    rows = {
+        key: {
+            "value": shown_setting(key, row.value, settings),
+            "source": row.source,
+            "hides": list(row.hides),
+        }
+        for key, row in settings.table.items()
+    }
+    rows["api_key"] = {"value": masked(settings.key), "source": settings.key_source, "hides": []}
+    if console.json:
+        document = base_document("config", None, console)
+        console.document({**document, "config_file": path, "settings": rows})
+        return EXIT_OK
+    console.emit(f"config file: {path or 'none'}")
+    for key, row in rows.items():
+        value = row["value"] if isinstance(row["value"], str) else json.dumps(row["value"])
+        console.emit(UNPRINTABLE.sub(" ", f"{key} = {value}  ({row['source']})"))
+        for hidden in row["hides"]:
+            console.emit(f"  {hidden} ignored: set in {row['source']}")
+    return EXIT_OK
+
+
+def check_everything(args: Args, settings: Settings, session: Session) -> int:
+    """Print one line for each thing that a call needs, and whether it is there."""
+    import tempfile
+
+    console = session.console
+    failed: list[Failure] = []
+    with tempfile.TemporaryDirectory() as folder:
+        steps: list[tuple[str, Callable[[], str]]] = [
+            ("curl", lambda: curl_version(folder, session)),
+            ("config", lambda: find_config(args.config, dict(os.environ)) or "no file"),
+            ("server", lambda: f"{settings.base.url} ({settings.provider.name})"),
+            ("key", lambda: check_key(settings)),
+            ("state", lambda: jobs_folder(console)),
+            ("models", lambda: check_models(folder, settings, session)),
+        ]
+        for name, step in steps:
+            try:
+                line = step()
+                mark = "ok"
+            except Failure as failure:
+                failed.append(failure)
+                line, mark = str(failure), "FAILED"
+            if not console.json:
+                console.emit(UNPRINTABLE.sub(" ", f"{name:7} {mark:6} {line}"))
+    first = failed[0] if failed else None
+    if console.json:
+        console.document(base_document("config", first, console))
+    return first.exit_code if first else EXIT_OK
+
+
+def curl_version(folder: str, session: Session) -> str:
+    """Return curl's path and version. Raises Failure where there is none."""
+    path = os.path.join(folder, "version.txt")
+    run_curl(b"", path, session, lambda: 0, ["-q", "--version"])
+    with open(path, encoding="utf-8", errors="replace") as file:
+        words = file.readline().split()
+    return f"{find_curl()} {words[1] if len(words) > 1 else '?'}"
+
+
+def check_key(settings: Settings) -> str:
+    """Return where the key came from, masked. Raises Failure where one is needed."""
+    check_connection(settings)
+    if not settings.key:
+        return "none needed here"
+    return f"{masked(settings.key)} from {settings.key_source}"
+
+
+def check_models(folder: str, settings: Settings, session: Session) -> str:
+    """Ask GET {base}/models, which costs nothing, whether server and key are good."""
+    check_connection(settings)
+    body, head = os.path.join(folder, "models.json"), os.path.join(folder, "headers.txt")
+    url = f"{settings.base.url}/models"
+    lines = [*connection_lines(settings, url, settings.base.host), *key_lines(settings)]
+    lines += [curl_line("output", body), curl_line("dump-header", head)]
+    lines.append(b"max-filesize = %d\n" % (8 * MEGABYTE))
+    end = run_curl(b"".join(lines), os.path.join(folder, "curl.txt"), session, lambda: 0)
+    if end.status in (404, 405):
+        return f"HTTP {end.status}: reachable; the key can't be checked here"
+    if end.status == 200:
+        return "HTTP 200: reachable, the key is taken"
+    reply = read_reply(body)
+    verdict = judge(end, {":status": str(end.status)}, reply, settings)
+    raise verdict.failure or Failure(f"HTTP {end.status}", EXIT_REFUSED)
+
+
+def command_sandbox(args: Args, session: Session) -> int:
+    """sandbox: serve placeholders on loopback until it is stopped."""
+    settings = load_settings(args, session.console)
+    try:
+        server = make_sandbox(settings.provider, args.port)
+    except OSError as error:
+        raise Failure(f"port {args.port} can't be used: {os_reason(error)}") from None
+    port = server.server_address[1]
+    session.console.emit(f"Sandbox: http://127.0.0.1:{port}/v1")
+    session.console.say(f"answers like {settings.provider.name}; stop it with Ctrl-C")
+    server.serve_forever()
+    return EXIT_OK
+
+
+################################################################################
+# Command line
+################################################################################
+# argparse fills in Args; the positional words are sorted out first, wherever they stand.
+
+COMMANDS: dict[str, tuple[Callable[[Args, Session], int], str, str]] = {
+    "generate": (command_image, '"PROMPT" [options]', "make pictures from a prompt"),
+    "edit": (command_image, 'IMAGE... "PROMPT" [options]', "make pictures from pictures"),
+    "recover": (command_recover, "[ID...] [options]", "save what an interrupted call left"),
+    "sizes": (command_sizes, "[SPELLING...]", "named sizes, or what a spelling means"),
+    "config": (command_config, "--init | --show | --check", "write, show or check the settings"),
+    "sandbox": (command_sandbox, "[--port P]", "a local server with placeholder pictures"),
+}
+
+EXAMPLES = {
+    "generate": """
+try it without a key:
+  generate "a cat on a windowsill" --sandbox
+a poster at 4K, under a name of your own:
+  generate "a jazz festival poster" -s portrait@4K --quality high -o poster.png
+four drafts in a folder:
+  generate "a logo for a bakery" --n 4 --quality low -o drafts/
+the prompt from a file, and what it would send and cost:
+  generate --prompt-file prompt.txt --dry-run
+""",
+    "edit": """
+change one picture:
+  edit room.png "the same room at night"
+change only a box of it (x, y, width, height in pixels):
+  edit room.png "a red armchair" --mask-box 100,200,400,300
+blend several:
+  edit fruit/*.png "one basket with all of these" -s 16:9 -o basket.png
+""",
+    "recover": """
+see what is there:
+  recover
+save the newest, somewhere else:
+  recover --last -o rescued/
+remove what is older than a month:
+  recover --clean --older-than 30d
+""",
+    "sizes": """
+the table:
+  sizes
+what a spelling means:
+  sizes 16:9@4K
+""",
+    "config": """
+begin with OpenAI-HK:
+  config --init --profile openai-hk
+see whether everything works, without spending:
+  config --check
+""",
+    "sandbox": """
+a server for a pipeline's tests:
+  sandbox --port 8765
+""",
+}
+
+
+def typed(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a reader as argparse wants it: its sentence is what is shown."""
+    from argparse import ArgumentTypeError
+
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def read_age(text: str) -> int:
+    """Return seconds from a number with s, m, h or d behind it."""
+    match = re.fullmatch("([0-9]{1,6})([smhd])", text)
+    if not match:
+        raise ValueError(f"{text!r} is not an age like 7d, 12h or 30m")
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def make_parser(command: str) -> Any:
+    """Return the argparse parser of one subcommand, without its options."""
+    import argparse
+
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        """80 columns, and `-s, --size SIZE` on every Python."""
+
+        def __init__(self, prog: str) -> None:
+            super().__init__(prog, max_help_position=28, width=80)
+
+        def _format_action_invocation(self, action: argparse.Action) -> str:
+            names = ", ".join(action.option_strings)
+            return f"{names} {action.metavar}" if action.nargs != 0 else names
+
+    class Parser(argparse.ArgumentParser):
+        """An ArgumentParser that raises Failure where argparse would leave."""
+
+        def error(self, message: str) -> Any:
+            raise usage_failure(message, self._option_string_actions)
+
+    _, usage, summary = COMMANDS[command]
+    return Parser(
+        prog=f"{PROGRAM} {command}",
+        usage=f"{PROGRAM} {command} {usage}",
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:" + EXAMPLES[command],
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+
+
+def usage_failure(message: str, known: Iterable[str]) -> Failure:
+    """Return argparse's complaint in our words, with the option that was meant."""
+    unknown = re.match(r"unrecognized arguments: (\S+)", message)
+    if unknown:
+        option = unknown[1].partition("=")[0]
+        return Failure(f"{option} is not an option here{nearest(option, known)}")
+    return Failure(re.sub(r"^argument ", "", message))
+
+
+def split_words(argv: Sequence[str], parser: Any) -> tuple[list[str], list[str]]:
+    """Return (options, words): positional words count wherever they stand, all after `--`.
+
+    An option takes the next word as its value unless that begins with a dash.
+    """
+    takes_value = {
+        name for name, action in parser._option_string_actions.items() if action.nargs != 0
+    }
+    options: list[str] = []
+    words: list[str] = []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return options, words + rest
+        if word == "-" or not word.startswith("-"):
+            words.append(word)
+        elif word in takes_value and rest and (rest[0] == "-" or not rest[0].startswith("-")):
+            options += [f"{word}={rest.pop(0)}"] if word[1] == "-" else [word, rest.pop(0)]
+        elif word[1] != "-" and len(word) > 2:
+            hint = "a prompt that begins with a dash goes after --"
+            raise Failure(f"{word[:40]} is not an option", hint=hint)
+        else:
+            options.append(word)
+    return options, words
+
+
+def add_image_options(parser: Any, endpoint: str) -> None:
+    """Add the options of the API's fields, from their table, and those that build a request."""
+    group = parser.add_argument_group("image")
+    for field in FIELDS:
+        if endpoint in field.endpoints:
+            names = [field.short, field.option] if field.short else [field.option]
+            read = typed(lambda text, field=field: read_field(field, text))  # type: ignore[misc]
+            group.add_argument(*names, metavar=field.metavar, type=read, help=field.help)
+    text = "any other field of the API; dots nest; VALUE is JSON where it parses; not checked"
+    group.add_argument(
+        "--param", metavar="KEY=VALUE", action="append", type=typed(read_param), help=text
+    )
+    text = "take the nearest legal size instead of refusing one that is not"
+    group.add_argument("--nearest-size", action="store_true", help=text)
+    group.add_argument("--prompt", metavar="TEXT", help="the prompt, where it is not the argument")
+    text = "the prompt from a file; - is standard input"
+    group.add_argument("--prompt-file", metavar="FILE", help=text)
+
+
+def add_edit_options(parser: Any) -> None:
+    """Add the options for the pictures that an edit begins with."""
+    group = parser.add_argument_group("pictures")
+    text = "one more picture (repeatable)"
+    group.add_argument(
+        "--image", "--input-image", metavar="FILE", action="append", dest="image", help=text
+    )
+    text = "PNG whose transparent parts say where to edit the first picture"
+    group.add_argument("--mask", metavar="FILE", help=text)
+    text = "draw that mask: a box in pixels of the first picture"
+    group.add_argument("--mask-box", metavar="X,Y,W,H", type=typed(read_mask_box), help=text)
+    text = "transparent PNG with marks on it (2.5 and 2.6)"
+    group.add_argument("--markup", metavar="FILE", help=text)
+    reader = typed(SETTINGS["image_field"][0])
+    text = "the form field of the pictures: auto, image or image[]"
+    group.add_argument("--image-field", metavar="NAME", type=reader, help=text)
+
+
+def add_output_options(parser: Any, recover: bool = False) -> None:
+    """Add the options that say where results go."""
+    group = parser.add_argument_group("output")
+    text = "file, folder (or FOLDER/), or - for standard output"
+    group.add_argument("-o", "--output", metavar="PATH", help=text)
+    text = "folder for generated names (default: the current one)"
+    group.add_argument("--output-dir", metavar="DIR", help=text)
+    group.add_argument("--force", action="store_true", help="replace a file that exists")
+    if not recover:
+        text = "show the request, the paths and an estimate; send and make nothing"
+        group.add_argument("--dry-run", action="store_true", help=text)
+
+
+def add_talk_options(parser: Any) -> None:
+    """Add the options that every command has."""
+    group = parser.add_argument_group("talk")
+    group.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    group.add_argument("--quiet", action="store_true", help="errors only on stderr")
+    group.add_argument("--verbose", action="store_true", help="more on stderr")
+    group.add_argument("--config", metavar="FILE", help="the config file to use")
+    group.add_argument("--profile", metavar="NAME", help="the profile in it")
+
+
+def add_connection_options(parser: Any) -> None:
+    """Add the options that say which server is asked, and how patiently."""
+    group = parser.add_argument_group("connection")
+    names = ", ".join(PROVIDERS)
+    reader = typed(SETTINGS["provider"][0])
+    group.add_argument("--provider", metavar="NAME", type=reader, help=names)
+    group.add_argument("--base-url", metavar="URL", help="the server, up to and with /v1")
+    group.add_argument("--api-key", metavar="KEY", help="the key; anyone can see it in ps")
+    for key, metavar, text in (
+        ("timeout", "SECONDS", "for the whole answer (default 600)"),
+        ("connect_timeout", "SECONDS", "for the connection (default 20)"),
+        ("retries", "0..20", "of what was surely not served (default 2)"),
+    ):
+        option = f"--{key.replace('_', '-')}"
+        group.add_argument(option, metavar=metavar, type=typed(SETTINGS[key][0]), help=text)
+    text = "send again after an unknown outcome too; may pay twice"
+    group.add_argument("--retry-unsafe", action="store_true", help=text)
+    text = "allow a key over plain http"
+    group.add_argument("--allow-http", action="store_const", const=True, help=text)
+    text = "fetch pictures from private addresses too"
+    group.add_argument("--allow-private", action="store_true", help=text)
+    text = "send anew even if the same request is under way or unfinished"
+    group.add_argument("--new", action="store_true", help=text)
+    text = "use a local server with placeholder pictures; no key, no cost"
+    group.add_argument("--sandbox", action="store_true", help=text)
+
+
+def add_recover_options(parser: Any) -> None:
+    """Add the options of recover."""
+    group = parser.add_argument_group("jobs")
+    group.add_argument("--list", action="store_true", dest="list_jobs", help="list them (as without an ID)")
+    group.add_argument("--last", action="store_true", help="the newest one")
+    group.add_argument("--all", action="store_true", help="every one")
+    text = "don't wait for a request that is still under way"
+    group.add_argument("--no-wait", action="store_true", help=text)
+    group.add_argument("--clean", action="store_true", help="remove old ones")
+    text = "with --clean: how old (default 7d)"
+    group.add_argument(
+        "--older-than", metavar="AGE", type=typed(read_age), default=7 * 86400, help=text
+    )
+
+
+def add_config_options(parser: Any) -> None:
+    """Add the options of config."""
+    group = parser.add_argument_group("config")
+    text = "write a config file, or add --profile to it"
+    group.add_argument("--init", action="store_true", help=text)
+    group.add_argument("--show", action="store_true", help="each setting and where it came from")
+    group.add_argument("--check", action="store_true", help="try curl, key and server for free")
+    text = "with --init: the environment variable that holds the key"
+    group.add_argument("--api-key-env", metavar="NAME", help=text)
+    group.add_argument("--force", action="store_true", help="with --init: replace what is there")
+
+
+def build_parser(command: str) -> Any:
+    """Return the whole parser of one subcommand."""
+    parser = make_parser(command)
+    if command in ("generate", "edit"):
+        add_image_options(parser, "edits" if command == "edit" else "generations")
+    if command == "edit":
+        add_edit_options(parser)
+    if command in ("generate", "edit", "recover"):
+        add_output_options(parser, command == "recover")
+    if command == "recover":
+        add_recover_options(parser)
+    if command == "config":
+        add_config_options(parser)
+    if command == "sizes":
+        text = "take the nearest legal size for one that is not"
+        parser.add_argument("--nearest-size", action="store_true", help=text)
+    if command == "sandbox":
+        reader = typed(lambda text: read_digits(text, 0, 65535))
+        text = "the port (default: a free one)"
+        parser.add_argument("--port", metavar="P", type=reader, default=0, help=text)
+    if command != "sizes":
+        add_connection_options(parser)
+    add_talk_options(parser)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> Args:
+    """Return the command line as Args. Raises Failure for one that can't be right."""
+    command = argv[0]
+    if command not in COMMANDS:
+        if command.startswith("-"):
+            raise Failure(f"{command} stands before the command", hint="options come after it")
+        close = nearest(command, COMMANDS)
+        hint = f"to make a picture: generate {quoted(command)}" if " " in command else ""
+        raise Failure(f"{command!r} is not a command ({', '.join(COMMANDS)}){close}", hint=hint)
+    parser = build_parser(command)
+    args = Args()
+    options, args.words = split_words(argv[1:], parser)
+    parser.parse_args(options, namespace=args)
+    args.command = command
+    return args
+
+
+def overview() -> str:
+    """Return what --help shows without a command."""
+    lines = [f"usage: {PROGRAM} COMMAND [options]", ""]
+    lines += [f"{(__doc__ or '').splitlines()[0]}", "", "commands:"]
+    lines += [f"  {name:10} {row[2]}" for name, row in COMMANDS.items()]
+    lines += ["", "first picture, no key needed:"]
+    lines += [f'  {PROGRAM} generate "a cat on a windowsill" --sandbox', ""]
+    return "\n".join([*lines, f"{PROGRAM} COMMAND --help shows a command's options."])
+
+
+################################################################################
+# Main
+################################################################################
+
+
+def run(argv: list[str], session: Session) -> int:
+    """Run one command line and return its exit code. Raises Failure."""
+    console = session.console
+    if argv[:1] in (["--version"], ["-V"]):
+        console.emit(f"{PROGRAM} {__version__}")
+        return EXIT_OK
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        console.emit(overview())
+        return EXIT_OK if argv else EXIT_USAGE
+    if any(word in ("-h", "--help") for word in before_dashes(argv)) and argv[0] in COMMANDS:
+        console.emit(build_parser(argv[0]).format_help().rstrip())
+        return EXIT_OK
+    args = parse_arguments(argv)
+    console.quiet, console.verbose = args.quiet, args.verbose
+    session = session._replace(new=args.new, retry_unsafe=args.retry_unsafe, digest=console.json)
+    return COMMANDS[args.command][0](args, session)
+
+
+def before_dashes(argv: Sequence[str]) -> list[str]:
+    """Return the words before `--`."""
+    words = list(argv)
+    return words[: words.index("--")] if "--" in words else words
+
+
+def read_umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code; the one place where a Failure is printed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    console = Console(json="--json" in before_dashes(words))
+    session = Session(console, Signals(), mode=0o666 & ~read_umask())
+    command = words[0] if words and words[0] in COMMANDS else ""
+    try:
+        session.signals.install()
+        return run(words, session)
+    except Interrupted as stop:
+        failure = stopped(stop.number, False, unsent=True)
+    except Failure as caught:
+        failure = caught
+    if console.json:
+        document = base_document(command, failure, console)
+        console.document({**document, "images": [], "recover_id": None})
+    console.error(f"{PROGRAM}: {failure}")
+    return failure.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
