@@ -13,7 +13,8 @@ paid picture is ever lost, none is paid for twice by surprise, and no key ever s
 
 The sections stand in the order of the pipeline; each uses only what is above it:
 Facts, Failures, Values, Console, Pictures as bytes, Sizes, Settings, Requests, Planned paths,
-Job folders, Curl, Replies, Verdicts, Downloads, Saving, Reports, Sandbox, Commands, Command line, Main.
+Job folders, Curl, Replies, Verdicts, Downloads, Saving, Cost, One request, Reports, Sandbox,
+Commands, Command line, Main.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ MEGABYTE = 1024 * 1024
 MAX_INPUT_BYTES = 50 * MEGABYTE  # each image of an edit (SDK)
 MAX_INPUT_IMAGES = 16  # SDK
 MASK_WARN_BYTES = 4 * MEGABYTE  # SDK says below 4 MB, the guide below 50
+# How long a picture takes: the old skill's page and new-api#4920.
+USUAL_TIMES = {"low": "10 to 70 s", "medium": "50 to 120 s", "high": "2 to 5 min"}
 MAX_DOWNLOAD_BYTES = 100 * MEGABYTE
 MAX_PROMPT_CHARACTERS = 32_000  # SDK
 MAX_WAIT_SECONDS = 120  # a longer Retry-After is not waited for, as in the official SDK
@@ -62,68 +65,50 @@ MAX_SKELETON_BYTES = 8 * MEGABYTE  # an answer's text without its long strings
 
 
 class Provider(NamedTuple):
-    """What is known of one server: `strict` means that OpenAI's rules are certain there."""
+    """What is known of one server; `strict`: OpenAI's rules are certain there."""
 
     name: str
     base_url: str
-    hosts: tuple[str, ...]
+    hosts: tuple[str, ...] = ()
+    key_env: str = ""  # what config --init names
     auth_header: str = "Authorization: Bearer"
+    currency: str = ""
     strict: bool = False
     answers_url: bool = False
-    currency: str = ""
-    template: tuple[tuple[str, str], ...] = ()
-    note: str = ""
+    note: str = ""  # a warning for edits
+    template: tuple[tuple[str, str], ...] = ()  # more that config --init writes
 
 
 # HK and NK of 2026-11-21; Azure: its v1 API, where the model is the deployment's name.
+HK_TEMPLATE = (("size", "1024x1024"), ("quality", "low"))
+AZURE_TEMPLATE = (
+    ("base_url", "https://YOUR-RESOURCE.openai.azure.com/openai/v1"),
+    ("auth_header", "api-key"),
+    ("model", "YOUR-DEPLOYMENT"),
+)
+AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com")
+HK_URL, NK_URL = "https://api.openai-hk.com/v1", "https://nodekey.xinghanyun.cn/v1"
+NK_NOTE = "NodeKey documents generations only"
 PROVIDERS = {
-    row.name: row
-    for row in (
-        Provider(
-            "openai",
-            OPENAI_URL,
-            ("api.openai.com",),
-            strict=True,
-            currency="USD",
-            template=(("base_url", OPENAI_URL), ("api_key_env", "OPENAI_API_KEY")),
-        ),
-        Provider(
-            "openai-hk",
-            "https://api.openai-hk.com/v1",
-            ("api.openai-hk.com",),
-            answers_url=True,
-            currency="credits",
-            template=(
-                ("base_url", "https://api.openai-hk.com/v1"),
-                ("api_key_env", "OPENAI_HK_API_KEY"),
-                ("size", "1024x1024"),
-                ("quality", "low"),
-            ),
-        ),
-        Provider(
-            "nodekey",
-            "https://nodekey.xinghanyun.cn/v1",
-            ("nodekey.xinghanyun.cn",),
-            template=(
-                ("base_url", "https://nodekey.xinghanyun.cn/v1"),
-                ("api_key_env", "NODEKEY_API_KEY"),
-            ),
-            note="NodeKey documents generations only",
-        ),
-        Provider(
-            "azure",
-            "",
-            (".openai.azure.com", ".cognitiveservices.azure.com"),
-            auth_header="api-key",
-            template=(
-                ("base_url", "https://YOUR-RESOURCE.openai.azure.com/openai/v1"),
-                ("api_key_env", "AZURE_OPENAI_API_KEY"),
-                ("auth_header", "api-key"),
-                ("model", "YOUR-DEPLOYMENT"),
-            ),
-        ),
-        Provider("generic", "", ()),
-    )
+    "openai": Provider(
+        "openai", OPENAI_URL, ("api.openai.com",), "OPENAI_API_KEY", currency="USD", strict=True
+    ),
+    "openai-hk": Provider(
+        "openai-hk",
+        HK_URL,
+        ("api.openai-hk.com",),
+        "OPENAI_HK_API_KEY",
+        currency="credits",
+        answers_url=True,
+        template=HK_TEMPLATE,
+    ),
+    "nodekey": Provider(
+        "nodekey", NK_URL, ("nodekey.xinghanyun.cn",), "NODEKEY_API_KEY", note=NK_NOTE
+    ),
+    "azure": Provider(
+        "azure", "", AZURE_HOSTS, "AZURE_OPENAI_API_KEY", "api-key", template=AZURE_TEMPLATE
+    ),
+    "generic": Provider("generic", ""),
 }
 
 
@@ -194,89 +179,52 @@ FORMATS = {
 SUFFIX_FORMATS = {suffix: name for name, row in FORMATS.items() for suffix in row[0]}
 
 
+def table_rows(text: str) -> Iterator[list[str]]:
+    """Yield the rows of a text table as lists of its cells."""
+    for line in text.strip().splitlines():
+        yield [cell.strip() for cell in line.split("|")]
+
+
 class Field(NamedTuple):
-    """One field of the API and its option; `kind` names its reader in Requests."""
+    """One field of the API and its option. `kind`: a word that stands for text, SIZE, low..high
+    for a whole number, or the closed set of values."""
 
     name: str  # as the API spells it; dots nest
     option: str
-    metavar: str
+    kind: str
+    endpoints: str
     help: str
-    kind: str = "choice"
-    values: tuple[str, ...] = ()
-    endpoints: str = "generations edits"
-    short: str = ""
 
     @property
     def dest(self) -> str:
         """The attribute that argparse stores it under."""
-        return self.option.lstrip("-").replace("-", "_")
+        return self.option.split()[-1].lstrip("-").replace("-", "_")
 
 
-# SDK types image_generate_params.py and image_edit_params.py of 3.52.0. A new field is one row.
-FIELDS = (
-    Field("model", "--model", "NAME", f"default {DEFAULT_MODEL}", "text", short="-m"),
-    Field(
-        "size", "--size", "SIZE", "auto, 1536x1024, 2K, 16:9, 16:9@4K, story@2K", "size", short="-s"
-    ),
-    Field(
-        "quality",
-        "--quality",
-        "LEVEL",
-        "auto, low (drafts), medium, high (finals); xhigh, max: 2.5 and 2.6",
-        values=("auto", "low", "medium", "high", "xhigh", "max"),
-    ),
-    Field("n", "--n", "1..10", "how many pictures", "count", ("1", "10"), short="-n"),
-    Field(
-        "output_format",
-        "--format",
-        "TYPE",
-        "png, jpeg, webp, gif or svg (default: what the -o suffix says, else the server's)",
-        values=("png", "jpeg", "webp", "gif", "svg"),
-        short="-f",
-    ),
-    Field("output_compression", "--compression", "0..100", "jpeg, webp", "count", ("0", "100")),
-    Field(
-        "background",
-        "--background",
-        "KIND",
-        "auto, opaque or transparent (png, webp)",
-        values=("auto", "opaque", "transparent"),
-    ),
-    Field("moderation", "--moderation", "LEVEL", "auto or low", values=("auto", "low")),
-    Field(
-        "complexity",
-        "--complexity",
-        "LEVEL",
-        "low, medium or high (2.6)",
-        values=("low", "medium", "high"),
-    ),
-    Field("frame_count", "--frame-count", "2..16", "gif", "count", ("2", "16")),
-    Field("frame_duration_ms", "--frame-duration-ms", "MS", "gif", "count", ("1", "60000")),
-    Field("svg.model", "--svg-model", "NAME", "the model that writes the svg", "text"),
-    Field(
-        "svg.reasoning.effort",
-        "--svg-effort",
-        "LEVEL",
-        "none, minimal, low, medium, high, xhigh or max",
-        values=("none", "minimal", "low", "medium", "high", "xhigh", "max"),
-    ),
-    Field("safety_identifier", "--safety-identifier", "ID", "a stable id of your end user", "text"),
-    Field("user", "--user", "ID", "the older name of --safety-identifier", "text"),
-    Field(
-        "response_format",
-        "--response-format",
-        "KIND",
-        "url or b64_json; relays only",
-        values=("url", "b64_json"),
-    ),
-    Field(
-        "input_fidelity",
-        "--input-fidelity",
-        "LEVEL",
-        "low or high; 1.5 and 1-mini only",
-        values=("low", "high"),
-        endpoints="edits",
-    ),
+# SDK types image_generate_params.py and image_edit_params.py of 3.52.0; g: generations, e: edits.
+FIELDS = tuple(
+    Field(*row)
+    for row in table_rows("""
+model              | -m --model          | NAME     | ge | default gpt-image-2
+size               | -s --size           | SIZE     | ge | auto, 1536x1024, 2K, 16:9@4K, story@2K
+quality            | --quality | auto low medium high xhigh max | ge | low drafts, high finals
+n                  | -n --n              | 1..10    | ge | how many pictures
+output_format      | -f --format  | png jpeg webp gif svg | ge | default: what the -o suffix says
+output_compression | --compression       | 0..100   | ge | of jpeg and webp
+background         | --background | auto opaque transparent | ge | transparent: png or webp
+moderation         | --moderation        | auto low | ge | how strict the content policy is
+complexity         | --complexity        | low medium high | ge | 2.6 only
+frame_count        | --frame-count       | 2..16    | ge | gif only
+frame_duration_ms  | --frame-duration-ms | 1..60000 | ge | gif only
+svg.model          | --svg-model         | NAME     | ge | the model that writes the svg
+svg.reasoning.effort|--svg-effort|none minimal low medium high xhigh max|ge|how long it may think
+safety_identifier  | --safety-identifier | ID       | ge | a stable id of your end user
+user               | --user              | ID       | ge | the older name of --safety-identifier
+response_format    | --response-format   | url b64_json | ge | for relays
+stream             | --stream            |          | ge | answer as events: keeps the line busy
+partial_images     | --partial-images    | 0..3     | ge | save previews too; implies --stream
+input_fidelity     | --input-fidelity    | low high | e  | 1.5 and 1-mini only
+""")
 )
 
 
@@ -389,7 +337,7 @@ class Failure(Exception):
         super().__init__(message)
         self.message = message
         self.exit_code = exit_code
-        self.code = code or OUR_CODES.get(exit_code, "failed")
+        self.code = code or OUR_CODES.get(exit_code, OUR_CODES[EXIT_REFUSED])[0]
         self.hint = hint
         self.maybe_billed = maybe_billed
         self.http_status = http_status
@@ -398,18 +346,19 @@ class Failure(Exception):
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
 
-# The closed list of `error.code` values that are ours, where the API gives none.
-OUR_CODES = {
-    EXIT_REFUSED: "refused",
-    EXIT_USAGE: "usage",
-    EXIT_CONFIG: "config",
-    EXIT_AUTH: "unauthorized",
-    EXIT_POLICY: "content_policy",
-    EXIT_LIMIT: "limit",
-    EXIT_NETWORK: "network",
-    EXIT_UNKNOWN: "unknown_outcome",
-    EXIT_PARTIAL: "partly_saved",
-    EXIT_UNSAVED: "not_saved",
+# The closed list of `error.code` values that are ours, where the API gives none, by exit code.
+OUR_CODES: dict[int, tuple[str, ...]] = {
+    EXIT_REFUSED: ("refused",),
+    EXIT_USAGE: ("usage",),
+    EXIT_CONFIG: ("config", "key_missing", "curl_missing"),
+    EXIT_AUTH: ("unauthorized",),
+    EXIT_POLICY: ("content_policy",),
+    EXIT_LIMIT: ("limit",),
+    EXIT_NETWORK: ("network",),
+    EXIT_UNKNOWN: ("unknown_outcome", "no_image"),
+    EXIT_PARTIAL: ("partly_saved",),
+    EXIT_UNSAVED: ("not_saved", "bad_image", "download_failed"),
+    130: ("interrupted",),  # 129 and 143 too
 }
 
 
@@ -695,13 +644,17 @@ class Progress:
         self.live = not console.quiet and bool(sys.stderr) and sys.stderr.isatty()
         self.live = self.live and os.environ.get("TERM") != "dumb"
         self.interval = 0.2 if self.live else 30.0
+        self.shown = self.started
         self.turns = 0
         if self.live:
             console.on_line = self.clear
 
     def tick(self, received: int) -> None:
-        """Show the seconds so far and the bytes that have come."""
-        seconds = int(time.monotonic() - self.started)
+        """Show the seconds so far and the bytes that have come, if it is time to."""
+        now = time.monotonic()
+        if now - self.shown < self.interval * 0.9:
+            return
+        self.shown, seconds = now, int(now - self.started)
         text = f"{seconds} s{self.usual}"
         if received:
             text = f"{seconds} s, {received // 1024} KB received"
@@ -854,7 +807,9 @@ def encode_png(width: int, height: int, color_type: int, rows: bytes, level: int
 
 def size_fault(width: int, height: int) -> str:
     """Return the rule that a size breaks, or nothing. Source: the flexible rule in Facts."""
-    if width % SIDE_STEP or height % SIDE_STEP or not width or not height:
+    if not width or not height:
+        return "both sides must be more than 0"
+    if width % SIDE_STEP or height % SIDE_STEP:
         return f"both sides must be multiples of {SIDE_STEP}"
     if max(width, height) > MAX_SIDE:
         return f"the longest side may be {MAX_SIDE}"
@@ -961,14 +916,10 @@ def read_digits(text: Any, low: int, high: int) -> int:
     return int(text)
 
 
-def read_seconds(text: Any) -> int:
-    """Return seconds from 1 to a day."""
-    return read_digits(text, 1, 86400)
-
-
-def read_retries(text: Any) -> int:
-    """Return how often something that was surely not served is tried again."""
-    return read_digits(text, 0, 20)
+def read_number(kind: str) -> Callable[[Any], int]:
+    """Return the reader of a whole number whose kind is `low..high`."""
+    low, high = kind.split("..")
+    return lambda value: read_digits(value, int(low), int(high))
 
 
 def read_truth(value: Any) -> bool:
@@ -1050,14 +1001,14 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "api_key": (read_secret, None),
     "api_key_env": (read_text, None),
     "api_key_command": (read_command, None),
-    "model": (read_text, None),
+    "model": (read_text, DEFAULT_MODEL),
     "size": (read_text, None),
     "quality": (read_text, None),
     "format": (read_text, None),
     "output_dir": (read_text, "."),
-    "timeout": (read_seconds, 600),
-    "connect_timeout": (read_seconds, 20),
-    "retries": (read_retries, 2),
+    "timeout": (read_number("1..86400"), 600),
+    "connect_timeout": (read_number("1..86400"), 20),
+    "retries": (read_number("0..20"), 2),
     "allow_http": (read_truth, False),
     "headers": (read_headers, {}),
     "auth_header": (read_auth_header, None),
@@ -1154,6 +1105,8 @@ def parse_base_url(text: str) -> BaseUrl:
     if not 0 < port < 65536:
         raise ValueError(f"{port} is no port")
     path = (match[3] or "").rstrip("/")
+    if re.search(r"[\[\]]", path):
+        raise ValueError("it holds a character that a base URL may not")
     path = re.sub(r"(/images(/(generations|edits))?|/models|/chat/completions)$", "", path)
     where = match[1].lower() + (f":{match[2]}" if match[2] else "")
     full = f"{scheme.lower()}://{where}{path.rstrip('/') or '/v1'}"
@@ -1229,15 +1182,20 @@ def environment_layer(env: dict[str, str]) -> Layer:
     return "environment", {key: value for key, value in found.items() if value}
 
 
-def file_layers(path: str | None, profile: str | None, console: Console) -> list[Layer]:
-    """Return the chosen profile's settings and the config file's own, in that order."""
+def file_layers(
+    path: str | None, profile: str | None, spare: str | None, console: Console
+) -> list[Layer]:
+    """Return the chosen profile's settings and the config file's own, in that order.
+
+    The flag names the profile, else the file, else (`spare`) the environment.
+    """
     if not path:
-        if profile:
-            raise config_failure(f"there is no config file to hold profile {profile!r}")
+        if profile or spare:
+            raise config_failure(f"there is no config file to hold profile {profile or spare!r}")
         return []
     config = read_config(path)
     check_config(path, config, console)
-    name = profile or config.get("profile")
+    name = profile or config.get("profile") or spare
     if not name:
         return [(path, config)]
     profiles = config.get("profiles")
@@ -1288,7 +1246,8 @@ def resolve_base(table: dict[str, Setting], env: dict[str, str]) -> Setting:
     try:
         return setting._replace(value=parse_base_url(setting.value))
     except ValueError as error:
-        message = f"{setting.source}: the base URL is not usable: {error}"
+        shown = "" if "@" in setting.value else f" {setting.value!r}"
+        message = f"{setting.source}: the base URL{shown} is not usable: {error}"
         raise Failure(message, EXIT_USAGE) from None
 
 
@@ -1341,7 +1300,7 @@ def layer_key(name: str, layer: dict[str, Any], env: dict[str, str], console: Co
 
 
 def layer_origin(index: int, layers: Sequence[Layer]) -> tuple[str, str, int]:
-    """Return the origin that the keys of a file layer belong to: its own base URL's, or OpenAI's."""
+    """Return the origin that a file layer's keys belong to: its base URL's, or OpenAI's."""
     for _, layer in layers[index:]:
         provider = PROVIDERS.get(str(layer.get("provider")))
         url = layer.get("base_url") or (provider.base_url if provider else "")
@@ -1376,6 +1335,7 @@ def choose_key(
         key = layer_key(name, layer, env, console)
         if key:
             return key, name
+        kept = kept or f"{layer.get('api_key_env', 'api_key')} of {name} is empty"
     own = {key: env.get(f"GPT_IMAGE2_{key.upper()}") for key in KEY_SETTINGS}
     key = layer_key("environment", {k: v for k, v in own.items() if v}, env, console)
     if key:
@@ -1386,7 +1346,7 @@ def choose_key(
         return key, "OPENAI_API_KEY"
     if key:
         kept = kept or f"OPENAI_API_KEY belongs to {pair.host} and is not sent to {base.host}"
-    return None, kept
+    return None, kept or "no API key is set"
 
 
 class SettingFlags(NamedTuple):
@@ -1402,8 +1362,8 @@ def resolve_settings(flags: SettingFlags, env: dict[str, str], console: Console)
     """Return the settings in force. Raises Failure: exit 3 for a bad file, 2 for a bad flag."""
     environment = environment_layer(env)
     path = find_config(flags.config, env)
-    profile = flags.values.get("profile") or environment[1].get("profile")
-    files = file_layers(path, profile, console)
+    spare = environment[1].get("profile")
+    files = file_layers(path, flags.values.get("profile"), spare, console)
     layers = [("flag", flags.values), *files, environment]
     table = {key: resolve_setting(key, layers) for key in SETTINGS if key not in KEY_SETTINGS}
     table["base_url"] = resolve_base(table, env)
@@ -1458,12 +1418,14 @@ def check_connection(settings: Settings) -> None:
     """Refuse to go on without a key, with one in clear text, or over http (exit 3 and 2)."""
     base = settings.base
     if settings.key is None and not (base.loopback or settings.sandbox):
-        why = settings.key_source or "no API key is set"
-        name = dict(settings.provider.template).get("api_key_env", "")
+        why = settings.key_source
+        name = settings.provider.key_env
         hint = "set GPT_IMAGE2_API_KEY, or run config --init"
         if name == "OPENAI_API_KEY":
             hint = "set OPENAI_API_KEY or GPT_IMAGE2_API_KEY, or run config --init"
         raise Failure(f"{why} ({base.host})", EXIT_CONFIG, code="key_missing", hint=hint)
+    if "your-resource" in base.host:
+        raise config_failure(f"{base.host} is the template's", "put your resource into base_url")
     allow_http = settings.table["allow_http"].value
     if base.scheme == "http" and settings.key and not base.loopback and not allow_http:
         raise Failure(f"{base.url} would get the key in clear text; use https or --allow-http")
@@ -1491,28 +1453,20 @@ class Args:
     mask_box: tuple[int, int, int, int] | None = None
     markup: str | None = None
     param: list[tuple[str, Any]] | None = None
-    nearest_size: bool = False
     output: str | None = None
-    force: bool = False
-    json: bool = False
-    quiet: bool = False
-    verbose: bool = False
-    dry_run: bool = False
+    output_dir: str | None = None
+    profile: str | None = None
+    base_url: str | None = None
+    api_key_env: str | None = None
     config: str | None = None
-    sandbox: bool = False
-    allow_private: bool = False
-    new: bool = False
-    retry_unsafe: bool = False
-    init: bool = False
-    show: bool = False
-    check: bool = False
     port: int = 0
-    list_jobs: bool = False
-    last: bool = False
-    all: bool = False
-    clean: bool = False
-    no_wait: bool = False
-    older_than: int = 0  # seconds
+    older_than: int = 7 * 86400  # seconds
+
+    def __getattr__(self, name: str) -> Any:
+        """An option that was not given, or that the command does not have."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
 
 
 class Ask(NamedTuple):
@@ -1530,34 +1484,36 @@ class Ask(NamedTuple):
 
 
 def read_field(field: Field, value: Any) -> Any:
-    """Return the value of an option of the API, checked against its row; ValueError says why not."""
-    if field.kind == "count":
-        return read_digits(value, int(field.values[0]), int(field.values[1]))
+    """Return an API option's value, checked against its row; ValueError says why not."""
+    if not field.kind:
+        return read_truth(value)
+    if ".." in field.kind:
+        return read_number(field.kind)(value)
     text = read_text(value)
     if not text:
         raise ValueError("it is empty")
-    if field.kind == "choice":
-        text = "jpeg" if field.name == "output_format" and text == "jpg" else text
-        if text not in field.values:
-            close = nearest(text, field.values)
-            past = f"--param {field.name}={quoted(text)} sends it unchecked"
-            raise ValueError(f"{text!r} is not one of {', '.join(field.values)}{close} ({past})")
-    elif field.kind == "size":
+    if field.kind == "SIZE":
         parse_size(text)
+    elif not field.kind.isupper():
+        text = "jpeg" if field.name == "output_format" and text == "jpg" else text
+        values = field.kind.split()
+        if text not in values:
+            past = f"--param {field.name}={quoted(text)} sends it unchecked"
+            close = nearest(text, values)
+            raise ValueError(f"{text!r} is not one of {', '.join(values)}{close} ({past})")
     return text
 
 
 def read_param(text: str) -> tuple[str, Any]:
     """Return KEY=VALUE as (dotted API name, value); VALUE is JSON where it parses as JSON."""
 
-    def refuse(constant: str) -> Any:
-        raise ValueError(constant)  # NaN and Infinity are no JSON
-
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
         raise ValueError(f"{text!r} is not KEY=VALUE with a KEY like quality or svg.model")
     try:
-        return name, json.loads(value, parse_constant=refuse)
+        parsed = json.loads(value)
+        json.dumps(parsed, allow_nan=False)  # NaN, Infinity and 1e400 are no JSON: text, then
+        return name, parsed
     except (ValueError, RecursionError):
         return name, value
 
@@ -1612,7 +1568,7 @@ def read_prompt(args: Args) -> tuple[str, list[str]]:
 
 
 def check_prompt(prompt: str, strict: bool, console: Console) -> None:
-    """Refuse a prompt that is blank, holds NUL or isn't text; over-long is certain at OpenAI only."""
+    """Refuse a prompt that is blank, holds NUL or isn't text; over-long is OpenAI's rule."""
     if not prompt.strip():
         raise Failure("the prompt is empty")
     if "\0" in prompt:
@@ -1644,14 +1600,14 @@ def ask_from_args(args: Args, settings: Settings) -> Ask:
             f"one prompt, please: {len(words) + 1} were given, {words[0]!r} first",
             hint="put it in quotes; to work on pictures use edit",
         )
-    options = {f.name: getattr(args, f.dest, None) for f in FIELDS}
+    options = {f.name: getattr(args, f.dest) for f in FIELDS}
     for field in FIELDS:
         setting = settings.table.get("format" if field.name == "output_format" else field.name)
         if setting and setting.value is not None:
             options[field.name] = read_setting_field(field, setting)
-    if not options["output_format"] and args.output:
-        suffix = os.path.splitext(args.output)[1].lstrip(".").lower()
-        options["output_format"] = SUFFIX_FORMATS.get(suffix)
+    suffix = os.path.splitext(args.output or "")[1].lstrip(".").lower()
+    if suffix in SUFFIX_FORMATS and not args.format:
+        options["output_format"] = SUFFIX_FORMATS[suffix]  # -o is a flag: it beats the config
     return Ask(
         args.command,
         prompt,
@@ -1683,6 +1639,8 @@ def build_request(ask: Ask, settings: Settings, console: Console) -> Request:
     model = MODELS.get(options["model"])
     if "model" not in overridden:
         check_model(options["model"], settings.provider, console)
+    if options.get("partial_images") is not None:
+        options.setdefault("stream", True)
     if ask.command == "edit" and "size" not in options:
         options["size"] = "auto"  # the documented defaults of this endpoint disagree
     if "size" in options and "size" not in overridden:
@@ -1697,7 +1655,12 @@ def build_request(ask: Ask, settings: Settings, console: Console) -> Request:
     ordered = {"model": options.pop("model"), "prompt": ask.prompt, **options}
     fields = overlay_params(ordered, ask.params)
     endpoint = "edits" if ask.command == "edit" else "generations"
-    return Request(ask.command, endpoint, tuple(fields.items()), files)
+    request = Request(ask.command, endpoint, tuple(fields.items()), files)
+    try:
+        json_body(request).encode("utf-8")
+    except UnicodeEncodeError:
+        raise Failure("a value is not UTF-8 text") from None
+    return request
 
 
 def check_model(name: str, provider: Provider, console: Console) -> None:
@@ -1717,7 +1680,7 @@ def check_model(name: str, provider: Provider, console: Console) -> None:
 def check_size(
     spelling: str, model: Model | None, settings: Settings, take_nearest: bool, console: Console
 ) -> str:
-    """Return the size to send. Raises Failure with the rule it breaks and the nearest legal size."""
+    """Return the size to send; Failure names the rule it breaks and the nearest legal size."""
     try:
         size = parse_size(spelling)
     except ValueError as error:
@@ -1748,7 +1711,7 @@ def check_size(
 def field_rules(
     options: dict[str, Any], ask: Ask, model: Model | None
 ) -> Iterator[tuple[bool, str, str]]:
-    """Yield every rule between fields as (does it bite, level, sentence). Source: API.md's table."""
+    """Yield every rule between fields as (does it bite, level, sentence). Source: SDK, guide."""
     family = model.family if model else ""
     format_ = options.get("output_format", "png")
     edit = ask.command == "edit"
@@ -1766,6 +1729,8 @@ def field_rules(
         "strict",
         f"--compression is for jpeg and webp, not {format_}",
     )
+    moving = format_ in ("gif", "svg")
+    yield moving and bool(options.get("stream")), "strict", f"{format_} can't be streamed"
     yield frames and format_ != "gif", "strict", "--frame-count and its like need --format gif"
     yield bool(svg_names) and format_ != "svg", "strict", "--svg-model and its like need -f svg"
     yield format_ == "svg" and options.get("n", 1) > 1, "strict", "svg: only one at a time (--n 1)"
@@ -1898,6 +1863,11 @@ def payload(request: Request) -> dict[str, Any]:
     return nested
 
 
+def json_body(request: Request) -> str:
+    """Return the body of a JSON request."""
+    return json.dumps(payload(request), ensure_ascii=False)
+
+
 def form_fields(request: Request) -> list[tuple[str, str]]:
     """Return the request's fields as multipart spells them: svg[model], list[], true, 2."""
 
@@ -1964,12 +1934,12 @@ def plan_target(
     return Target(os.path.abspath(folder), "", stems, request.total)
 
 
-def check_target(target: Target) -> None:
+def check_target(target: Target, sidecar: bool = False) -> None:
     """Refuse, before anything is sent, an output that exists or can't be written."""
     if target.stdout:
         return
     names = [target.path(index, "png") for index in range(target.planned)]
-    for name in names:
+    for name in names + [f"{name}.json" for name in names if sidecar]:
         check_path(name)
         if len(os.path.basename(name).encode("utf-8", "surrogateescape")) > 240:
             raise Failure(f"the file name {os.path.basename(name)[:60]}… is too long")
@@ -2000,6 +1970,7 @@ def check_folder(folder: str) -> None:
 # What the server sends is on disk before it is looked at: jobs/<UTC>-<hex>/ holds the request, the
 # answer that curl writes, and the locks that tell who is still alive.
 
+HISTORY = "history.jsonl"
 RECORD, LOCK, ANSWER, HEADERS, CURL_LINE = (
     "job.json",
     "lock",
@@ -2081,6 +2052,11 @@ def spare_root() -> str:
     return os.path.join(tempfile.gettempdir(), f"gpt-image-2-{user}")
 
 
+def not_ours(info: os.stat_result) -> bool:
+    """Return whether a file belongs to another user, where there are users."""
+    return hasattr(os, "getuid") and info.st_uid != os.getuid()
+
+
 def usable_root(root: str, private: bool) -> bool:
     """Return whether jobs can be kept below `root`, making it where it is missing."""
     import tempfile
@@ -2089,9 +2065,8 @@ def usable_root(root: str, private: bool) -> bool:
         os.makedirs(root, 0o700, exist_ok=True)  # the mode is for the last folder only
         os.makedirs(os.path.join(root, "jobs"), 0o700, exist_ok=True)
         info = os.lstat(root)
-        if private and hasattr(os, "getuid"):
-            if info.st_uid != os.getuid() or info.st_mode & 0o077 or os.path.islink(root):
-                return False
+        if private and (info.st_mode & 0o077 or os.path.islink(root) or not_ours(info)):
+            return False
         with tempfile.TemporaryFile(dir=os.path.join(root, "jobs")):
             return True
     except OSError:
@@ -2179,8 +2154,7 @@ def create_job(request: Request, target: Target, settings: Settings, console: Co
 def write_body(job: Job, request: Request) -> None:
     """Write what is sent: the JSON body, or the prompt and a drawn mask for multipart."""
     if request.endpoint == "generations":
-        body = json.dumps(payload(request), ensure_ascii=False).encode("utf-8")
-        private_file(job.path("body.json"), body)
+        private_file(job.path("body.json"), json_body(request).encode("utf-8"))
         return
     for index, (name, text) in enumerate(form_fields(request)):
         if goes_by_file(name, text):
@@ -2203,36 +2177,48 @@ def same_target(record: dict[str, Any], target: Target) -> bool:
     return all(theirs.get(name) == getattr(target, name) for name in ("folder", "name", "stdout"))
 
 
+def same_jobs(request: Request, target: Target, settings: Settings) -> Iterator[Job]:
+    """Yield, held, every unfinished job of the same request and target whose script is dead."""
+    wanted = request_hash(request)
+    for folder in list_jobs():
+        record = read_record(folder) if folder[-12:-4] == wanted[:8] else None
+        if not record or record.get("hash") != wanted or not same_target(record, target):
+            continue
+        if record.get("base_url") == settings.base.url and record.get("status") != "set aside":
+            job = take_job(folder)
+            if job:
+                yield job
+
+
 def adopt_job(request: Request, target: Target, settings: Settings, console: Console) -> Job | None:
     """Return an unfinished job of the same request whose script is dead, to be finished.
 
     It counts where its curl still lives or bytes of its answer have come (P2); each such job is
     taken by one process only.
     """
-    wanted = request_hash(request)
-    for folder in list_jobs():
-        record = read_record(folder) if folder[-12:-4] == wanted[:8] else None
-        if not record or record.get("hash") != wanted or not same_target(record, target):
-            continue
-        if record.get("base_url") != settings.base.url or settings.sandbox:
-            continue
-        job = take_job(folder)
-        if job and (job.answer_size() or curl_lives(job)):
+    for job in same_jobs(request, target, settings):
+        if job.answer_size() or curl_lives(job):
             return job._replace(resumed=True)
-        if job:
-            job.lock.close()
-            console.warn(f"job {job.id}, the same request, ended without an answer: maybe billed")
+        job.lock.close()
+        console.warn(f"job {job.id}, the same request, ended without an answer: maybe billed")
     return None
+
+
+def set_aside_jobs(request: Request, target: Target, settings: Settings) -> None:
+    """Make --new stick: what it passes over is not resumed by later calls either."""
+    for job in same_jobs(request, target, settings):
+        set_status(job, "set aside")
+        job.lock.close()
 
 
 def take_job(folder: str) -> Job | None:
     """Return a job that this process now holds, or None while another does or it is gone."""
-    path = os.path.join(folder, LOCK)
-    try:
-        lock = try_lock(path) if os.path.exists(path) else None
+    record = os.path.join(folder, RECORD)
+    try:  # the record is written last, so a job that is being made is not touched
+        lock = try_lock(os.path.join(folder, LOCK)) if os.path.exists(record) else None
     except OSError:
         return None
-    if lock and not os.path.exists(os.path.join(folder, RECORD)):
+    if lock and not os.path.exists(record):
         lock.close()
         return None
     return Job(folder, lock) if lock else None
@@ -2351,6 +2337,23 @@ class Signals:
         self.held = False
 
 
+class Watch:
+    """Looks at an answer as it comes; a plain one only tells how many bytes there are."""
+
+    tick = 30.0  # seconds between looks
+    usual = ""  # how long the answer usually takes
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def look(self) -> int:
+        """Return how many bytes have come."""
+        try:
+            return os.path.getsize(self.path)
+        except OSError:
+            return 0
+
+
 class Session(NamedTuple):
     """What one call of the program carries along: its terminal, its signals, its wishes."""
 
@@ -2359,6 +2362,7 @@ class Session(NamedTuple):
     new: bool = False
     retry_unsafe: bool = False
     digest: bool = False  # compute each picture's sha256
+    sidecar: bool = False
     mode: int = 0o644  # what the umask leaves of 0666; read once, as threads race on it
 
 
@@ -2411,15 +2415,24 @@ def key_lines(settings: Settings) -> list[bytes]:
     return lines
 
 
-def post_config(job: Job, request: Request, settings: Settings) -> bytes:
-    """Return curl's config for the paid POST."""
+def request_lines(request: Request, settings: Settings, job_id: str) -> list[bytes]:
+    """Return the config lines of the paid POST but for its body."""
     url = f"{settings.base.url}/images/{request.endpoint}"
     lines = [*connection_lines(settings, url, settings.base.host), *key_lines(settings)]
     lines.append(curl_line("header", "Expect:"))  # else a stall of a second over 1 MB
-    if settings.provider.name == "openai":
-        lines.append(curl_line("header", f"X-Client-Request-Id: {job.id}"))
+    if settings.provider.name == "openai" and job_id:
+        lines.append(curl_line("header", f"X-Client-Request-Id: {job_id}"))
     if request.endpoint == "generations":
         lines.append(curl_line("header", "Content-Type: application/json"))
+    if request.get("stream"):
+        lines.append(b"no-buffer\n")
+    return lines
+
+
+def post_config(job: Job, request: Request, settings: Settings) -> bytes:
+    """Return curl's config for the paid POST, everything long or secret in files."""
+    lines = request_lines(request, settings, job.id)
+    if request.endpoint == "generations":
         lines.append(curl_line("data-binary", "@" + job.path("body.json")))
     else:
         lines += form_lines(job, request, settings.image_field)
@@ -2438,9 +2451,13 @@ def form_lines(job: Job, request: Request, image_field: str) -> list[bytes]:
         else:
             lines.append(curl_line("form-string", f"{name}={text}"))
     for name, path, media, file_name in form_files(request, image_field):
-        part = f"{name}=@{form_file(path or job.path('mask.png'))}"
-        lines.append(curl_line("form", f"{part};filename={file_name};type={media}"))
+        lines.append(form_file_line(name, path or job.path("mask.png"), file_name, media))
     return lines
+
+
+def form_file_line(name: str, path: str, file_name: str, media: str) -> bytes:
+    """Return the config line that sends a file under another name."""
+    return curl_line("form", f"{name}=@{form_file(path)};filename={file_name};type={media}")
 
 
 def form_files(request: Request, image_field: str) -> list[tuple[str, str, str, str]]:
@@ -2462,7 +2479,7 @@ def find_curl() -> str:
     """Return the path of curl, never one from the current folder. Failure (exit 3) without one."""
     from shutil import which
 
-    system = os.path.join(os.environ.get("SystemRoot", ""), "System32", "curl.exe")
+    system = os.path.join(os.environ.get("SYSTEMROOT", ""), "System32", "curl.exe")
     path = system if os.name == "nt" and os.path.isfile(system) else which("curl")
     if not path:
         raise Failure("curl is not installed", EXIT_CONFIG, code="curl_missing", hint="install it")
@@ -2484,35 +2501,20 @@ def run_curl(
     config: bytes,
     line_path: str,
     session: Session,
-    watch: Callable[[], int],
+    watch: Watch,
     arguments: Sequence[str] = ("-q", "-K", "-"),
 ) -> CurlEnd:
     """Run curl once on a config and return how it ended; the only place that starts one.
 
     Its standard output, the write-out line, goes to `line_path`, which it holds locked while it
-    lives. `watch` tells how many bytes have come. A signal gives an answer that has begun 10 s.
+    lives. `watch` looks at the answer as it comes. A signal gives an answer that has begun 10 s.
     """
-    import subprocess
-    import tempfile
-
     started = time.monotonic()
-    with open(line_path, "wb"):
-        pass
-    line_file = try_lock(line_path)
-    with tempfile.TemporaryFile() as stdin:
-        stdin.write(config)
-        stdin.seek(0)
+    try:
         with session.signals:  # or a signal could leave a curl that nobody waits for
-            process = subprocess.Popen(
-                [find_curl(), *arguments],
-                stdin=stdin,
-                stdout=line_file or subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=curl_environment(session.console.secrets),
-                start_new_session=True,  # Ctrl-C in the terminal is for us alone
-            )
-        if line_file:
-            line_file.close()
+            process = start_curl(config, line_path, session.console.secrets, arguments)
+    except OSError as error:
+        raise config_failure(f"curl can't be started: {os_reason(error)}") from None
     stopped, errors = 0, b""
     try:
         session.signals.check()
@@ -2526,33 +2528,60 @@ def run_curl(
     return CurlEnd(process.returncode, status, sent, message, seconds, stopped)
 
 
-def wait_for_curl(process: Any, session: Session, watch: Callable[[], int], limit: float) -> bytes:
+def start_curl(
+    config: bytes, line_path: str, secrets: Sequence[str], arguments: Sequence[str]
+) -> Any:
+    """Start curl with its config as standard input, from a file that has no name."""
+    import subprocess
+    import tempfile
+
+    with open(line_path, "wb"):
+        pass
+    line_file = try_lock(line_path)
+    with tempfile.TemporaryFile() as stdin:
+        stdin.write(config)
+        stdin.seek(0)
+        process = subprocess.Popen(
+            [find_curl(), *arguments],
+            stdin=stdin,
+            stdout=line_file or subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=curl_environment(secrets),
+            start_new_session=True,  # Ctrl-C in the terminal is for us alone
+        )
+    if line_file:
+        line_file.close()
+    return process
+
+
+def wait_for_curl(process: Any, session: Session, watch: Watch, limit: float) -> bytes:
     """Wait until curl ends (or for `limit` seconds), showing progress; return its stderr.
 
     communicate() returns the moment that curl closes its end, where wait() would poll.
     """
     import subprocess
 
-    progress = Progress(session.console)
+    progress = Progress(session.console, watch.usual)
+    tick = min(progress.interval, watch.tick)
     try:
         while True:
             try:
-                errors: bytes = process.communicate(timeout=limit or progress.interval)[1]
+                errors: bytes = process.communicate(timeout=limit or tick)[1]
                 return errors
             except subprocess.TimeoutExpired:
                 if limit:
                     raise
-                progress.tick(watch())
+                progress.tick(watch.look())
     finally:
         progress.stop()
 
 
-def stop_curl(process: Any, session: Session, watch: Callable[[], int]) -> bytes:
+def stop_curl(process: Any, session: Session, watch: Watch) -> bytes:
     """End curl after a signal: an answer that has begun gets 10 s first, a second signal none."""
     import subprocess
 
     try:
-        if process.poll() is None and watch():
+        if process.poll() is None and watch.look():
             session.console.say(f"stopping; the answer gets {STOP_GRACE_SECONDS:.0f} s to finish")
             return wait_for_curl(process, session, watch, STOP_GRACE_SECONDS)
     except (Interrupted, subprocess.TimeoutExpired):
@@ -2806,9 +2835,9 @@ def salvage_images(text: str, skeleton: Skeleton) -> tuple[ImageSource, ...]:
 def parse_error(value: dict[str, Any]) -> ApiError | None:
     """Return the error in one JSON value, in whichever of the known shapes it comes."""
     error = value.get("error")
-    if not error and not value.get("data"):
-        if isinstance(value.get("message"), str) or value.get("detail"):
-            error = {**value, "message": value.get("message") or value.get("detail")}
+    told = value.get("message") if isinstance(value.get("message"), str) else value.get("detail")
+    if not error and not value.get("data") and told:
+        error = {**value, "message": told}
     if not error:
         return None
     if not isinstance(error, dict):
@@ -2942,7 +2971,7 @@ def moved_to(headers: dict[str, str]) -> str:
 
 def judge_silence(end: CurlEnd, settings: Settings) -> Verdict:
     """Judge an attempt without an HTTP answer by curl's exit code and what it had sent."""
-    row = CURL_EXITS.get(end.code or 0, CurlExit(f"curl ended with {end.code}"))
+    row = CURL_EXITS.get(end.code or 0, CurlExit("curl ended without an answer"))
     unsent = end.code in UNSENT_EXITS or (end.sent == 0 and not end.signal)
     if end.code == 28 and unsent:
         row = CONNECT_TIMEOUT
@@ -3060,7 +3089,7 @@ def judge_refusal(headers: dict[str, str], reply: Reply, status: int) -> Verdict
 
 
 def retry_after(headers: dict[str, str]) -> float | None:
-    """Return the seconds that the server asks to wait: milliseconds, seconds or a date; else None."""
+    """Return the seconds to wait that the server asks for (ms, s or a date), or None."""
     from email.utils import mktime_tz, parsedate_tz
 
     number = re.compile(r"[0-9]{1,12}(\.[0-9]*)?")
@@ -3211,10 +3240,10 @@ def download(url: str, name: str, job: Job, settings: Settings, session: Session
             link = next_hop(link, location, settings, session)
             remove_file(path)
             continue
-        if end.status in (401, 403) and settings.key and not with_key:
-            if link.same_origin(settings.base):
-                with_key = True
-                continue
+        refused = end.status in (401, 403)
+        if refused and settings.key and not with_key and link.same_origin(settings.base):
+            with_key = True
+            continue
         tries += 1
         if end.code == 33 or end.status == 416:
             remove_file(path)  # it can't be resumed: start over
@@ -3265,7 +3294,7 @@ def fetch(
         lines += key_lines(settings)
     if os.path.getsize(path):
         lines.append(b'continue-at = "-"\n')
-    end = run_curl(b"".join(lines), line_path, session, lambda: os.path.getsize(path))
+    end = run_curl(b"".join(lines), line_path, session, Watch(path))
     if end.signal:
         raise Interrupted(end.signal)
     if os.path.getsize(path) > MAX_DOWNLOAD_BYTES:  # before 8.4 curl trusts Content-Length
@@ -3289,13 +3318,13 @@ def remove_file(path: str) -> None:
 # The one door through which pictures reach the disk: whole or not at all, never over another file.
 
 
-def picture_pieces(source: ImageSource, job: Job, downloaded: str) -> Iterator[bytes]:
+def picture_pieces(source: ImageSource, folder: str, downloaded: str) -> Iterator[bytes]:
     """Yield a picture's bytes from the job folder: a download, or base64 in the answer."""
     if source.kind == "url":
         with open(downloaded, "rb") as file:
             yield from iter(lambda: file.read(WINDOW), b"")
     elif isinstance(source.value, Span):
-        with open(job.path(ANSWER), "rb") as file:
+        with open(os.path.join(folder, ANSWER), "rb") as file:
             yield from decode_base64(span_pieces(file, source.value))
     elif re.match(r"data:[^,]*,", source.value) and ";base64," not in source.value[:200]:
         from urllib.parse import unquote_to_bytes
@@ -3404,7 +3433,7 @@ def save_pictures(
             continue
         fallbacks += os.path.dirname(picture.path) == job.folder
         pictures.append(picture)
-        check_against_request(picture, request, target, session.console)
+        check_against_request(picture, request, target, settings, session.console)
         session.console.saved(picture)
     return Saving(tuple(pictures), tuple(problems), fallbacks)
 
@@ -3431,7 +3460,7 @@ def save_picture(
         return target.path(index, suffix)
 
     with session.signals:
-        pieces = picture_pieces(source, job, downloaded)
+        pieces = picture_pieces(source, job.folder, downloaded)
         if target.stdout and index == 0:
             picture = write_picture(pieces, job.folder, spare_name, True, session)
             return send_to_stdout(picture)._replace(revised_prompt=source.revised_prompt)
@@ -3440,7 +3469,7 @@ def save_picture(
         except OSError as error:
             where = f"{target.folder}: {os_reason(error)}"
             session.console.warn(f"cannot write in {where}; the picture is kept in {job.folder}")
-            pieces = picture_pieces(source, job, downloaded)
+            pieces = picture_pieces(source, job.folder, downloaded)
             picture = write_picture(pieces, job.folder, spare_name, True, session)
     return picture._replace(revised_prompt=source.revised_prompt)
 
@@ -3456,7 +3485,7 @@ def send_to_stdout(picture: Picture) -> Picture:
 
 
 def check_against_request(
-    picture: Picture, request: Request, target: Target, console: Console
+    picture: Picture, request: Request, target: Target, settings: Settings, console: Console
 ) -> None:
     """Warn where a picture is not what was asked for; it is kept all the same."""
     got = (picture.width, picture.height)
@@ -3465,214 +3494,12 @@ def check_against_request(
         console.warn(f"{name} is {size_text(got)}, not {size_text(request.pixels)} as asked")
     suffix = os.path.splitext(target.name)[1].lstrip(".").lower()
     asked = SUFFIX_FORMATS.get(suffix) if suffix else request.get("output_format")
-    if (asked or suffix) and asked != picture.format:
+    if (asked or suffix) and asked != picture.format and not settings.sandbox:
         console.warn(f"{name} holds {picture.format}, not {asked or suffix}; its name is kept")
     planned = os.path.join(target.folder, target.name)
-    if target.name and target.planned == 1 and picture.path != planned and not target.force:
-        if os.path.dirname(picture.path) == target.folder and os.path.lexists(planned):
-            console.warn(f"{target.name} appeared meanwhile; the picture is {name}")
-
-
-################################################################################
-# One request
-################################################################################
-# The middle of the pipeline, shared by all commands: job folder, curl, verdict, saving, clean-up.
-
-
-class Answer(NamedTuple):
-    """What the last attempt brought."""
-
-    verdict: Verdict
-    reply: Reply
-    end: CurlEnd
-    headers: dict[str, str]
-    attempts: int
-
-
-class Outcome(NamedTuple):
-    """What one request came to, for the terminal, the JSON document and the exit code."""
-
-    command: str
-    request: Request | None = None
-    pictures: tuple[Picture, ...] = ()
-    failure: Failure | None = None
-    answer: Answer | None = None
-    job_id: str | None = None
-    recover_id: str | None = None
-    resumed: bool = False
-    sandbox: bool = False
-
-
-def perform(request: Request, target: Target, settings: Settings, session: Session) -> Outcome:
-    """Send a checked request, or finish the one under way, and save what comes."""
-    find_curl()
-    job = None if session.new else adopt_job(request, target, settings, session.console)
-    if job:
-        session.console.say(f"resumed: job {job.id} already has this request; --new sends another")
-    else:
-        job = create_job(request, target, settings, session.console)
-        announce(request, settings, session.console)
-    session.console.say(f"Job: {job.id}")
-    outcome = Outcome(request.command, request, job_id=job.id, resumed=job.resumed)
-    try:
-        job, answer = deliver(job, request, settings, session)
-        outcome = outcome._replace(answer=answer, job_id=job.id, sandbox=settings.sandbox)
-        outcome = save_answer(outcome, job, target, settings, session)
-    except Interrupted as stop:
-        outcome = outcome._replace(failure=stopped(stop.number, bool(job.answer_size())))
-    except OSError as error:
-        failure = Failure(f"job {job.id}: {os_reason(error)}", EXIT_UNKNOWN, maybe_billed=True)
-        outcome = outcome._replace(failure=failure)
-    return settle(job, outcome, session.console)
-
-
-def announce(request: Request, settings: Settings, console: Console) -> None:
-    """Say what is sent, in one line."""
-    words = [request.get("model"), request.get("size"), request.get("quality")]
-    shown = " ".join(str(word) for word in words if word)
-    console.say(f"POST {settings.base.url}/images/{request.endpoint} {shown}")
-
-
-def stopped(number: int, answered: bool, unsent: bool = False) -> Failure:
-    """Return the failure of a call that a signal ended."""
-    from signal import Signals as Names
-
-    why = "part of the answer is kept" if answered else "no answer had come"
-    billed = "nothing was sent" if unsent else f"{why}; the request may have been billed"
-    name = Names(number).name
-    return Failure(
-        f"stopped by {name}: {billed}", 128 + number, code="interrupted", maybe_billed=not unsent
-    )
-
-
-def deliver(job: Job, request: Request, settings: Settings, session: Session) -> tuple[Job, Answer]:
-    """Send until there is a verdict that another try can't better; return the job and it.
-
-    Only what was certainly not served is sent again, unless --retry-unsafe; then the earlier
-    answer keeps its own job folder.
-    """
-    attempt, job_now = 1, job
-    while True:
-        first = attempt == 1 and job.resumed
-        end = await_curl(job_now, session) if first else post(job_now, request, settings, session)
-        answer = read_answer(job_now, end, settings, attempt)
-        verdict = answer.verdict
-        if answer.end.status:
-            session.console.say(f"HTTP {end.status} in {end.seconds:.1f} s")
-        unsafe = session.retry_unsafe and verdict.kind == "unknown"
-        if end.signal or attempt > settings.retries or not (verdict.retry or unsafe):
-            return job_now, answer
-        if verdict.wait is not None and verdict.wait > MAX_WAIT_SECONDS:
-            return job_now, answer._replace(verdict=too_long(verdict))
-        delay = retry_delay(attempt, verdict.wait)
-        left = f"{attempt} of {settings.retries}"
-        session.console.say(f"{verdict.failure}; trying again in {delay:.1f} s ({left})")
-        time.sleep(delay)
-        attempt += 1
-        if unsafe:
-            job_now = next_job(job_now, request, settings, session.console)
-
-
-def next_job(job: Job, request: Request, settings: Settings, console: Console) -> Job:
-    """Leave a job of unknown outcome as it is and return a new one for the next attempt."""
-    record = read_record(job.folder) or {}
-    target = Target(**record["target"])
-    settle(job, Outcome(request.command, request, job_id=job.id), console)
-    return create_job(request, target, settings, console)
-
-
-def too_long(verdict: Verdict) -> Verdict:
-    """Return the verdict for a server that asks for more patience than we have."""
-    failure = verdict.failure
-    assert failure and verdict.wait is not None
-    failure.hint = f"the server asks to wait {verdict.wait:.0f} s; run it again after that"
-    return verdict._replace(retry=False)
-
-
-def post(job: Job, request: Request, settings: Settings, session: Session) -> CurlEnd:
-    """Run curl for the paid POST."""
-    config = post_config(job, request, settings)
-    return run_curl(config, job.path(CURL_LINE), session, job.answer_size)
-
-
-def await_curl(job: Job, session: Session) -> CurlEnd:
-    """Wait for the curl of a job whose script is gone, and return how it ended."""
-    progress = Progress(session.console)
-    started = shown = time.monotonic()
-    try:
-        while curl_lives(job):
-            time.sleep(0.1)  # a lock can't be waited for with a limit
-            if time.monotonic() - shown >= progress.interval:
-                shown = time.monotonic()
-                progress.tick(job.answer_size())
-    finally:
-        progress.stop()
-    status, sent = read_curl_line(job.path(CURL_LINE))
-    return CurlEnd(None, status, sent, "", time.monotonic() - started)
-
-
-def read_answer(
-    job: Job, end: CurlEnd, settings: Settings, attempts: int, salvage: bool = False
-) -> Answer:
-    """Read what an attempt left in the job folder and judge it."""
-    try:
-        with open(job.path(HEADERS), "rb") as file:
-            headers = parse_headers(file.read(MEGABYTE))
-    except OSError:
-        headers = {}
-    reply = read_reply(job.path(ANSWER), salvage)
-    return Answer(judge(end, headers, reply, settings), reply, end, headers, attempts)
-
-
-def save_answer(
-    outcome: Outcome, job: Job, target: Target, settings: Settings, session: Session
-) -> Outcome:
-    """Save the pictures of an answer, if it has some, and say what came of it."""
-    answer, request = outcome.answer, outcome.request
-    assert answer and request
-    if answer.verdict.failure and not answer.reply.images:
-        failure = answer.verdict.failure
-        if answer.end.signal:
-            failure = stopped(answer.end.signal, bool(job.answer_size()))
-        return outcome._replace(failure=failure)
-    saving = save_pictures(answer.reply, job, request, target, settings, session)
-    failure_ = saving_failure(saving, request.total) or answer.verdict.failure
-    return outcome._replace(pictures=saving.pictures, failure=failure_)
-
-
-def saving_failure(saving: Saving, asked: int) -> Failure | None:
-    """Return the failure where not every picture is saved where it was asked for."""
-    came = len(saving.pictures) + len(saving.problems)
-    if not saving.pictures:
-        return Failure(f"none of {came} pictures could be saved; the answer is kept", EXIT_UNSAVED)
-    if saving.problems:
-        return Failure(f"{len(saving.pictures)} of {came} pictures saved", EXIT_PARTIAL)
-    if saving.fallbacks:
-        return Failure("pictures are in the job folder, not where they were to go", EXIT_PARTIAL)
-    if came < asked:
-        return Failure(f"{came} of the {asked} pictures asked for came", EXIT_PARTIAL)
-    return None
-
-
-def settle(job: Job, outcome: Outcome, console: Console) -> Outcome:
-    """Remove a job that has nothing left to give; keep any other, without the key."""
-    failure, answer = outcome.failure, outcome.answer
-    all_saved = bool(outcome.pictures) and not any(
-        os.path.dirname(picture.path) == job.folder for picture in outcome.pictures
-    )
-    came = len(answer.reply.images) if answer else 0
-    done = all_saved and len(outcome.pictures) >= came and bool(answer and answer.reply.whole)
-    served = not (answer and answer.verdict.kind in ("refused", "unsent"))
-    if done or not served:
-        remove_job(job)
-        return outcome
-    blank_secrets(job, console)
-    set_status(job, "kept" if came else "unknown")
-    alive = bool(job.answer_size()) or curl_lives(job)
-    job.lock.close()
-    if failure and outcome.resumed and not outcome.pictures:
-        failure.hint = "--new sends another"
-    return outcome._replace(recover_id=job.id if alive else None)
+    beside = os.path.dirname(picture.path) == target.folder and picture.path != planned
+    if target.name and target.planned == 1 and beside and os.path.lexists(planned):
+        console.warn(f"{target.name} appeared meanwhile; the picture is {name}")
 
 
 ################################################################################
@@ -3791,18 +3618,6 @@ def token_cost(tokens: Tokens, price: Price) -> float:
     return sum(amounts) / 1_000_000
 
 
-def answer_cost(answer: Answer, request: Request, settings: Settings) -> Cost | None:
-    """Return what an answer cost, or None where no price is known."""
-    if settings.sandbox:
-        return None
-    header = answer.headers.get("x-litellm-response-cost", "")
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", header):
-        return Cost(float(header), "USD")
-    tokens = read_usage(answer.reply.usage)
-    known = price_of(str(request.get("model")), settings)
-    return Cost(token_cost(tokens, known[0]), known[1]) if tokens and known else None
-
-
 def output_tokens(request: Request) -> int | None:
     """Return an estimate of one picture's output tokens; auto quality counts as high.
 
@@ -3836,6 +3651,371 @@ def estimate_cost(request: Request, settings: Settings) -> Cost | None:
 
 
 ################################################################################
+# One request
+################################################################################
+# The middle of the pipeline, shared by all commands: job folder, curl, verdict, saving, clean-up.
+
+
+class Answer(NamedTuple):
+    """What the last attempt brought."""
+
+    verdict: Verdict
+    reply: Reply
+    end: CurlEnd
+    headers: dict[str, str]
+    attempts: int
+    partials: tuple[Picture, ...] = ()
+
+    @property
+    def request_id(self) -> str | None:
+        """The id that the server gave the request."""
+        return printable(self.headers.get("x-request-id", ""), 200) or None
+
+
+class Outcome(NamedTuple):
+    """What one request came to, for the terminal, the JSON document and the exit code."""
+
+    command: str
+    request: Request | None = None
+    pictures: tuple[Picture, ...] = ()
+    failure: Failure | None = None
+    answer: Answer | None = None
+    job_id: str | None = None
+    recover_id: str | None = None
+    resumed: bool = False
+    sandbox: bool = False
+
+
+class StreamWatch(Watch):
+    """Saves the partial images of an event stream as they come, flat in memory."""
+
+    tick = 0.5
+
+    def __init__(self, job: Job, target: Target, session: Session) -> None:
+        super().__init__(job.path(ANSWER))
+        self.target, self.session = target, session
+        self.partials: list[Picture] = []
+        self.finished = 0  # pictures completed so far: the next partial is of the one after
+        self.position = 0
+        self.skeleton: Skeleton | None = None
+        self.idle = False  # the server ignores `stream`, or its stream can't be read
+
+    def look(self) -> int:
+        """Take in what has come since the last look; return how many bytes there are."""
+        size = super().look()
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.position)
+                for window in iter(lambda: file.read(WINDOW), b""):
+                    self.take(window)
+        except (OSError, ValueError):
+            self.idle = True
+        return size
+
+    def take(self, window: bytes) -> None:
+        """Take in the next bytes, and save what partial images they end."""
+        start = window.lstrip(b"\xef\xbb\xbf \t\r\n")
+        if not self.skeleton and start and answer_kind(start) == "events":
+            self.skeleton = Skeleton(True)
+            self.skeleton.offset = self.position
+        self.idle = self.idle or bool(start and not self.skeleton)
+        self.position += len(window)
+        if not self.skeleton or self.idle:
+            return
+        self.skeleton.feed(window)
+        text = self.skeleton.text
+        end = max(text.rfind(b"\n\n"), text.rfind(b"\n\r\n"))
+        if end >= 0:
+            complete = bytes(text[:end]).decode("utf-8", "replace")
+            del text[:end]
+            for event in parse_events(complete):
+                self.take_event(event)
+
+    def take_event(self, event: Any) -> None:
+        """Save one partial image; count the pictures that are complete."""
+        kind = str(event.get("type")) if isinstance(event, dict) else ""
+        self.finished += kind.endswith(".completed")
+        assert self.skeleton, "events come through it"
+        source = image_source(event, self.skeleton) if "partial_image" in kind else None
+        if not source or source.kind == "url" or self.target.stdout:
+            return
+        number = count(event, "partial_image_index") + 1
+        try:
+            self.save(source, number)
+        except (OSError, ValueError, Failure) as error:
+            self.session.console.warn(f"partial image {number} could not be saved: {error}")
+
+    def save(self, source: ImageSource, number: int) -> None:
+        """Write one partial image beside the place of its picture."""
+
+        def name(suffix: str) -> str:
+            stem, dot_suffix = os.path.splitext(self.target.path(self.finished, suffix))
+            return f"{stem}.partial-{number}{dot_suffix}"
+
+        pieces = picture_pieces(source, os.path.dirname(self.path), "")
+        folder, force = self.target.folder, self.target.force
+        picture = write_picture(pieces, folder, name, force, self.session)
+        self.partials.append(picture)
+        self.session.console.say(f"Partial: {picture.path}")
+
+
+def make_watch(request: Request, job: Job, target: Target, session: Session) -> Watch:
+    """Return what looks at the answer of a request as it comes."""
+    if request.get("stream"):
+        watch: Watch = StreamWatch(job, target, session)
+    else:
+        watch = Watch(job.path(ANSWER))
+    watch.usual = USUAL_TIMES.get(str(request.get("quality")), "")
+    return watch
+
+
+def perform(request: Request, target: Target, settings: Settings, session: Session) -> Outcome:
+    """Send a checked request, or finish the one under way, and save what comes."""
+    find_curl()
+    job = None
+    if session.new:
+        set_aside_jobs(request, target, settings)
+    elif not settings.sandbox:
+        job = adopt_job(request, target, settings, session.console)
+    if job:
+        session.console.say(f"resumed: job {job.id} already has this request; --new sends another")
+    else:
+        job = create_job(request, target, settings, session.console)
+        announce(request, settings, session.console)
+    session.console.say(f"Job: {job.id}")
+    outcome = Outcome(request.command, request, job_id=job.id, resumed=job.resumed)
+    try:
+        job, answer = deliver(job, request, target, settings, session)
+        outcome = outcome._replace(answer=answer, job_id=job.id, sandbox=settings.sandbox)
+        outcome = save_answer(outcome, job, target, settings, session)
+        keep_record(outcome, settings, session)
+    except Interrupted as stop:
+        outcome = outcome._replace(failure=stopped(stop.number, bool(job.answer_size())))
+    except Failure as failure:  # before curl: nothing was sent
+        outcome = outcome._replace(failure=failure, job_id=None)
+        remove_job(job)
+        return outcome
+    except OSError as error:
+        problem = Failure(f"job {job.id}: {os_reason(error)}", EXIT_UNKNOWN, maybe_billed=True)
+        outcome = outcome._replace(failure=problem)
+    return settle(job, outcome, session.console)
+
+
+def answer_cost(outcome: Outcome, settings: Settings) -> Cost | None:
+    """Return what an answer cost, or None where no price is known."""
+    answer, request = outcome.answer, outcome.request
+    if settings.sandbox or not answer or not request:
+        return None
+    header = answer.headers.get("x-litellm-response-cost", "")
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", header):
+        return Cost(float(header), "USD")
+    tokens = read_usage(answer.reply.usage)
+    known = price_of(str(request.get("model")), settings)
+    return Cost(token_cost(tokens, known[0]), known[1]) if tokens and known else None
+
+
+def keep_record(outcome: Outcome, settings: Settings, session: Session) -> None:
+    """Write the sidecars and the history line of what was served, before its job goes."""
+    answer, request = outcome.answer, outcome.request
+    if not answer or not request or answer.verdict.kind in ("refused", "unsent"):
+        return
+    cost = answer_cost(outcome, settings)
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": request.command,
+        "host": settings.base.host,
+        **{name: request.get(name) for name in ("model", "size", "quality", "prompt")},
+        "paths": [picture.path for picture in outcome.pictures],
+        "usage": answer.reply.usage,
+        "cost": cost._asdict() if cost else None,
+        "request_id": answer.request_id,
+        "seconds": round(answer.end.seconds, 2),
+        "job_id": outcome.job_id,
+        "outcome": answer.verdict.kind,
+    }
+    if session.sidecar:
+        write_sidecars(outcome, {**entry, "request": payload(request)}, session)
+    if settings.history and not settings.sandbox:
+        append_history(entry, session.console)
+
+
+def write_sidecars(outcome: Outcome, entry: dict[str, Any], session: Session) -> None:
+    """Write PICTURE.json beside each picture; a fault is a warning, as the picture is there."""
+    for picture in outcome.pictures:
+        text = json.dumps({**entry, "picture": picture._asdict()}, indent=1)
+        temporary = f"{picture.path}.{os.urandom(4).hex()}.part"
+        try:
+            private_file(temporary, session.console.scrub(text).encode("ascii"))
+            os.chmod(temporary, session.mode)
+            os.replace(temporary, f"{picture.path}.json")
+        except OSError as error:
+            remove_file(temporary)
+            session.console.warn(f"cannot write {picture.path}.json: {os_reason(error)}")
+
+
+def append_history(entry: dict[str, Any], console: Console) -> None:
+    """Append one line to the history, in one write, so that many processes can do so at once."""
+    path = os.path.join(os.path.dirname(jobs_folder(console)), HISTORY)
+    line = console.scrub(json.dumps(entry, ensure_ascii=True)) + "\n"
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+        os.write(handle, line.encode("ascii"))
+        os.close(handle)
+    except OSError as error:
+        console.warn(f"cannot write {path}: {os_reason(error)}")
+
+
+def announce(request: Request, settings: Settings, console: Console) -> None:
+    """Say what is sent, in one line."""
+    words = [request.get("model"), request.get("size"), request.get("quality")]
+    shown = " ".join(str(word) for word in words if word)
+    console.say(f"POST {settings.base.url}/images/{request.endpoint} {shown}")
+
+
+def stopped(number: int, answered: bool, unsent: bool = False) -> Failure:
+    """Return the failure of a call that a signal ended."""
+    from signal import Signals as Names
+
+    why = "part of the answer is kept" if answered else "no answer had come"
+    billed = "nothing was sent" if unsent else f"{why}; the request may have been billed"
+    name = Names(number).name
+    return Failure(
+        f"stopped by {name}: {billed}", 128 + number, code="interrupted", maybe_billed=not unsent
+    )
+
+
+def deliver(
+    job: Job, request: Request, target: Target, settings: Settings, session: Session
+) -> tuple[Job, Answer]:
+    """Send until there is a verdict that another try can't better; return the job and it.
+
+    Only what was certainly not served is sent again, unless --retry-unsafe; then the earlier
+    answer keeps its own job folder.
+    """
+    attempt, job_now = 1, job
+    while True:
+        watch = make_watch(request, job_now, target, session)
+        if attempt == 1 and job.resumed:
+            end = await_curl(job_now, watch, session)
+        else:
+            config = post_config(job_now, request, settings)
+            end = run_curl(config, job_now.path(CURL_LINE), session, watch)
+        watch.look()
+        answer = read_answer(job_now, end, settings, attempt)
+        if isinstance(watch, StreamWatch):
+            answer = answer._replace(partials=tuple(watch.partials))
+        verdict = answer.verdict
+        if answer.end.status:
+            session.console.say(f"HTTP {end.status} in {end.seconds:.1f} s")
+        unsafe = session.retry_unsafe and verdict.kind == "unknown"
+        if end.signal or attempt > settings.retries or not (verdict.retry or unsafe):
+            return job_now, answer
+        if verdict.wait is not None and verdict.wait > MAX_WAIT_SECONDS:
+            return job_now, answer._replace(verdict=too_long(verdict))
+        delay = retry_delay(attempt, verdict.wait)
+        left = f"{attempt} of {settings.retries}"
+        session.console.say(f"{verdict.failure}; trying again in {delay:.1f} s ({left})")
+        time.sleep(delay)
+        attempt += 1
+        if unsafe:
+            job_now = next_job(job_now, request, settings, session.console)
+
+
+def next_job(job: Job, request: Request, settings: Settings, console: Console) -> Job:
+    """Leave a job of unknown outcome as it is and return a new one for the next attempt."""
+    record = read_record(job.folder) or {}
+    target = Target(**record["target"])
+    settle(job, Outcome(request.command, request, job_id=job.id), console)
+    return create_job(request, target, settings, console)
+
+
+def too_long(verdict: Verdict) -> Verdict:
+    """Return the verdict for a server that asks for more patience than we have."""
+    failure = verdict.failure
+    assert failure and verdict.wait is not None
+    failure.hint = f"the server asks to wait {verdict.wait:.0f} s; run it again after that"
+    return verdict._replace(retry=False)
+
+
+def await_curl(job: Job, watch: Watch, session: Session) -> CurlEnd:
+    """Wait for the curl of a job whose script is gone, and return how it ended."""
+    progress = Progress(session.console, watch.usual)
+    started = time.monotonic()
+    try:
+        while curl_lives(job):
+            time.sleep(0.1)  # a lock can't be waited for with a limit
+            progress.tick(watch.look())
+    finally:
+        progress.stop()
+    status, sent = read_curl_line(job.path(CURL_LINE))
+    return CurlEnd(None, status, sent, "", time.monotonic() - started)
+
+
+def read_answer(
+    job: Job, end: CurlEnd, settings: Settings, attempts: int, salvage: bool = False
+) -> Answer:
+    """Read what an attempt left in the job folder and judge it."""
+    try:
+        with open(job.path(HEADERS), "rb") as file:
+            headers = parse_headers(file.read(MEGABYTE))
+    except OSError:
+        headers = {}
+    reply = read_reply(job.path(ANSWER), salvage)
+    return Answer(judge(end, headers, reply, settings), reply, end, headers, attempts)
+
+
+def save_answer(
+    outcome: Outcome, job: Job, target: Target, settings: Settings, session: Session
+) -> Outcome:
+    """Save the pictures of an answer, if it has some, and say what came of it."""
+    answer, request = outcome.answer, outcome.request
+    assert answer and request, "deliver comes first"
+    if answer.verdict.failure and not answer.reply.images:
+        failure = answer.verdict.failure
+        if answer.end.signal:
+            failure = stopped(answer.end.signal, bool(job.answer_size()))
+        return outcome._replace(failure=failure)
+    saving = save_pictures(answer.reply, job, request, target, settings, session)
+    failure_ = saving_failure(saving, request.total) or answer.verdict.failure
+    return outcome._replace(pictures=saving.pictures, failure=failure_)
+
+
+def saving_failure(saving: Saving, asked: int) -> Failure | None:
+    """Return the failure where not every picture is saved where it was asked for."""
+    came = len(saving.pictures) + len(saving.problems)
+    if not saving.pictures:
+        return Failure(f"none of {came} pictures could be saved; the answer is kept", EXIT_UNSAVED)
+    if saving.problems:
+        return Failure(f"{len(saving.pictures)} of {came} pictures saved", EXIT_PARTIAL)
+    if saving.fallbacks:
+        return Failure("pictures are in the job folder, not where they were to go", EXIT_PARTIAL)
+    if came < asked:
+        return Failure(f"{came} of the {asked} pictures asked for came", EXIT_PARTIAL)
+    return None
+
+
+def settle(job: Job, outcome: Outcome, console: Console) -> Outcome:
+    """Remove a job that has nothing left to give; keep any other, without the key."""
+    failure, answer = outcome.failure, outcome.answer
+    all_saved = bool(outcome.pictures) and not any(
+        os.path.dirname(picture.path) == job.folder for picture in outcome.pictures
+    )
+    came = len(answer.reply.images) if answer else 0
+    done = all_saved and len(outcome.pictures) >= came and bool(answer and answer.reply.whole)
+    served = not (answer and answer.verdict.kind in ("refused", "unsent"))
+    if done or not served:
+        remove_job(job)
+        return outcome
+    blank_secrets(job, console)
+    set_status(job, "kept" if came else "unknown")
+    alive = bool(job.answer_size()) or curl_lives(job)
+    job.lock.close()
+    if failure and outcome.resumed and not outcome.pictures:
+        failure.hint = "--new sends another"
+    return outcome._replace(recover_id=job.id if alive else None)
+
+
+################################################################################
 # Reports
 ################################################################################
 # From an Outcome to lines on stderr, one JSON document on stdout, and the exit code.
@@ -3857,9 +4037,8 @@ def usage_line(answer: Answer, cost: Cost | None) -> str:
 def report(outcome: Outcome, settings: Settings, session: Session) -> int:
     """Print what an outcome came to and return the exit code."""
     console, answer, failure = session.console, outcome.answer, outcome.failure
-    cost = None
-    if answer and outcome.request and answer.reply.images:
-        cost = answer_cost(answer, outcome.request, settings)
+    cost = answer_cost(outcome, settings)
+    if answer and outcome.pictures:
         line = usage_line(answer, cost)
         if line:
             console.say(line)
@@ -3867,7 +4046,7 @@ def report(outcome: Outcome, settings: Settings, session: Session) -> int:
         console.document(outcome_document(outcome, cost, console))
     if failure:
         console.error(f"{PROGRAM}: {failure}")
-    if outcome.recover_id:
+    if outcome.recover_id and outcome.command != "recover":
         console.error(f"Recover: {recover_command(outcome.recover_id)}")
     return failure.exit_code if failure else EXIT_OK
 
@@ -3903,14 +4082,12 @@ def outcome_document(outcome: Outcome, cost: Cost | None, console: Console) -> d
         **base_document(outcome.command, outcome.failure, console),
         "model": request.get("model") if request else None,
         "images": [picture._asdict() for picture in outcome.pictures],
-        "partials": [],
+        "partials": [picture._asdict() for picture in answer.partials] if answer else [],
         "usage": usage,
         "cost": cost._asdict() if cost else None,
         "elapsed_s": round(answer.end.seconds, 2) if answer else None,
         "http_status": answer.end.status or None if answer else None,
-        "request_id": printable(answer.headers.get("x-request-id", ""), 200) or None
-        if answer
-        else None,
+        "request_id": answer.request_id if answer else None,
         "attempts": answer.attempts if answer else 0,
         "job_id": outcome.job_id,
         "recover_id": outcome.recover_id,
@@ -3954,9 +4131,41 @@ def dry_run_document(request: Request, target: Target, settings: Settings) -> di
     }
 
 
+KEY_MARK = "THE-KEY-GOES-HERE"
+
+
+def pasteable_command(request: Request, settings: Settings) -> str:
+    """Return the request as a curl command for a shell, the key as $GPT_IMAGE2_API_KEY."""
+    from base64 import b64encode
+
+    if settings.key or not settings.base.loopback:
+        settings = settings._replace(key=KEY_MARK)
+    lines, feed = request_lines(request, settings, ""), ""
+    if request.endpoint == "generations":
+        words = [("data-binary", json_body(request))]
+    else:
+        words = [("form-string", f"{name}={text}") for name, text in form_fields(request)]
+        parts = form_files(request, settings.image_field)
+        lines += [
+            form_file_line(name, path or "-", file, media) for name, path, media, file in parts
+        ]
+        drawn = [file.data for file in request.files if file.data]
+        feed = f"printf %s {b64encode(drawn[0]).decode()} | base64 -d | " if drawn else ""
+    for line in b"".join(lines).decode("utf-8", "surrogateescape").splitlines():
+        option, _, value = line.partition(" = ")
+        value = re.sub(r"\\(.)", r"\1", value[1:-1]) if value.startswith('"') else value
+        words.append((option, value))
+    shown = [f"--{option} {quoted(value)}" if value else f"--{option}" for option, value in words]
+    command = " \\\n  ".join(word for word in shown if not word.startswith("--write-out"))
+    command = re.sub(f"'([^']*){KEY_MARK}'", r'"\1$GPT_IMAGE2_API_KEY"', command)
+    return f"{feed}curl -q \\\n  {command}"
+
+
 def show_dry_run(request: Request, target: Target, settings: Settings, session: Session) -> int:
     """Print what would be sent and where the pictures would go; create nothing."""
     document, console = dry_run_document(request, target, settings), session.console
+    if console.verbose:
+        document["curl"] = pasteable_command(request, settings)
     if console.json:
         console.document({**base_document(request.command, None, console), "dry_run": document})
         return EXIT_OK
@@ -3972,6 +4181,8 @@ def show_dry_run(request: Request, target: Target, settings: Settings, session: 
         console.emit(f"would save: {path}")
     estimate = estimate_cost(request, settings)
     console.emit(f"estimate: {estimate or 'no price is known here'}")
+    if console.verbose:
+        console.emit(document["curl"])
     return EXIT_OK
 
 
@@ -4133,7 +4344,7 @@ def sandbox_refusal(
     """Return the error that the provider would answer with, or None: unknown fields, bad sizes."""
     fields = request.fields
     known = {
-        field.name.partition(".")[0] for field in FIELDS if request.endpoint in field.endpoints
+        field.name.partition(".")[0] for field in FIELDS if request.endpoint[0] in field.endpoints
     }
     known |= {"prompt", "stream", "partial_images", "image", "mask", "markup"}
     if provider.strict:
@@ -4196,6 +4407,24 @@ def sandbox_answer(
     return 200, {"created": int(time.time()), "data": data, "output_format": "png", "usage": usage}
 
 
+def sandbox_events(request: SandboxRequest, answer: dict[str, Any]) -> bytes:
+    """Return an answer as an event stream, each picture after its partial images."""
+    from binascii import b2a_base64
+
+    kind = "image_edit" if request.endpoint == "edits" else "image_generation"
+    size = parse_size(str(request.fields.get("size", "auto"))) or request.first_size or (1024, 1024)
+    events = []
+    for entry in answer["data"]:
+        for index in range(int(request.fields.get("partial_images") or 0)):
+            picture = paint_placeholder(*size, f"partial {index + 1}", index + 3)
+            data = b2a_base64(picture, newline=False).decode("ascii")
+            partial = {"type": f"{kind}.partial_image", "partial_image_index": index}
+            events.append({**partial, "b64_json": data})
+        events.append({"type": f"{kind}.completed", **entry, "usage": answer["usage"]})
+    lines = [f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events]
+    return "".join(lines).encode("ascii")
+
+
 def make_sandbox(provider: Provider, port: int) -> Any:
     """Return an HTTP server on loopback that answers like the API; port 0 takes a free one."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -4223,8 +4452,12 @@ def make_sandbox(provider: Provider, port: int) -> Any:
             except ValueError as error:
                 self.send_json(*api_error(400, f"Unreadable request: {error}", "invalid_request"))
                 return
-            origin = f"http://127.0.0.1:{self.server.server_address[1]}"
-            self.send_json(*sandbox_answer(asked, provider, origin, stored))
+            origin = f"http://{self.headers['Host']}"
+            status, answer = sandbox_answer(asked, provider, origin, stored)
+            if status == 200 and str(asked.fields.get("stream", "")).lower() == "true":
+                self.send_body(200, "text/event-stream", sandbox_events(asked, answer))
+            else:
+                self.send_json(status, answer)
 
         def send_json(self, status: int, value: dict[str, Any]) -> None:
             self.send_body(status, "application/json", json.dumps(value).encode("ascii"))
@@ -4236,8 +4469,8 @@ def make_sandbox(provider: Provider, port: int) -> Any:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
+        def log_message(self, *_: Any) -> None:
+            """Keep quiet: the terminal belongs to the call that started us."""
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
 
@@ -4260,9 +4493,9 @@ def start_sandbox(settings: Settings) -> Settings:
 
 def setting_flags(args: Args) -> SettingFlags:
     """Return what of the command line concerns the settings."""
-    values = {key: getattr(args, key, None) for key in SETTINGS}
+    values = {key: getattr(args, key) for key in SETTINGS}
     given = {key: value for key, value in values.items() if value is not None}
-    return SettingFlags(given, args.config, args.sandbox, args.allow_private)
+    return SettingFlags(given, args.config, bool(args.sandbox), bool(args.allow_private))
 
 
 def load_settings(args: Args, console: Console) -> Settings:
@@ -4275,12 +4508,14 @@ def command_image(args: Args, session: Session) -> int:
     console = session.console
     settings = load_settings(args, console)
     request = build_request(ask_from_args(args, settings), settings, console)
-    output_dir = getattr(args, "output_dir", None)
+    output_dir = args.output_dir
     target = plan_target(args.output, output_dir, request, settings, args.force)
-    console.stdout_is_data = target.stdout
+    console.stdout_is_data = target.stdout and not args.dry_run
     if target.stdout and console.json:
         raise Failure("-o - and --json both want standard output; pass one of them")
-    check_target(target)
+    if target.stdout and args.sidecar:
+        raise Failure("-o - leaves no file that --sidecar could lie beside")
+    check_target(target, bool(args.sidecar))
     if args.dry_run:
         return show_dry_run(request, target, settings, session)
     check_connection(settings)
@@ -4365,10 +4600,11 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
         return empty._replace(failure=failure, recover_id=job_id)
     try:
         request, target, settings = recovered_values(record, args, settings)
-        end = await_curl(job, session)
+        end = await_curl(job, Watch(job.path(ANSWER)), session)
         answer = read_answer(job, end, settings, 1, salvage=True)
         outcome = empty._replace(request=request, answer=answer)
         outcome = save_answer(outcome, job, target, settings, session)
+        keep_record(outcome, settings, session)
     except Interrupted as stop:
         outcome = empty._replace(failure=stopped(stop.number, True))
     outcome = outcome._replace(failure=recover_failure(outcome))
@@ -4386,7 +4622,7 @@ def recovered_values(
         base = parse_base_url(str(record["base_url"]))
     except (KeyError, TypeError, ValueError):
         raise Failure("the job's record is broken; its answer is kept", EXIT_UNSAVED) from None
-    output_dir = getattr(args, "output_dir", None)
+    output_dir = args.output_dir
     if args.output is not None or output_dir is not None:
         target = plan_target(args.output, output_dir, request, settings, args.force)
         check_target(target)
@@ -4401,10 +4637,13 @@ def recover_failure(outcome: Outcome) -> Failure | None:
     if not failure or failure.exit_code > 128:
         return failure
     exit_code = EXIT_PARTIAL if outcome.pictures else EXIT_UNSAVED
-    message = failure.message
+    message, hint = failure.message, failure.hint
     if not outcome.pictures:
         message = f"job {outcome.job_id}: nothing could be saved: {message}"
-    return Failure(message, exit_code, code=failure.code, http_status=failure.http_status)
+        hint = "recover --clean removes it; the same command with --new sends another"
+    recovered = Failure(message, exit_code, code=failure.code, hint=hint)
+    recovered.maybe_billed, recovered.http_status = failure.maybe_billed, failure.http_status
+    return recovered
 
 
 def report_recovered(outcomes: list[Outcome], settings: Settings, session: Session) -> int:
@@ -4439,34 +4678,111 @@ def clean_jobs(args: Args, console: Console) -> int:
             removed.append(job.id)
         elif job:
             job.lock.close()
+    console.say(f"removed {len(removed)} jobs")
+    return emit_document("recover", {"removed": removed}, console)
+
+
+def read_history(oldest: float) -> list[dict[str, Any]]:
+    """Return the history's entries since a time in seconds, oldest first; torn lines are passed."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(oldest))
+    found = []
+    for root in (state_root(), spare_root()):
+        try:
+            with open(os.path.join(root, HISTORY), "rb") as file:
+                for line in file:
+                    found += parse_json(line.decode("utf-8", "replace"))
+        except OSError:
+            continue
+    entries = [entry for entry in found if isinstance(entry, dict) and entry.get("time")]
+    return sorted((e for e in entries if str(e["time"]) >= stamp), key=lambda e: str(e["time"]))
+
+
+def history_totals(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return pictures and money by model and currency."""
+    totals: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in entries:
+        cost = entry.get("cost") or {}
+        key = (str(entry.get("model")), str(cost.get("currency", "")))
+        row = totals.setdefault(
+            key, {"model": key[0], "currency": key[1], "calls": 0, "pictures": 0, "amount": 0.0}
+        )
+        row["calls"] += 1
+        row["pictures"] += len(entry.get("paths") or [])
+        row["amount"] += cost.get("amount") or 0.0
+    return [totals[key] for key in sorted(totals)]
+
+
+def command_history(args: Args, session: Session) -> int:
+    """history: what was made and what it cost."""
+    console = session.console
+    if args.clear:
+        for root in (state_root(), spare_root()):
+            remove_file(os.path.join(root, HISTORY))
+        console.say("the history is empty now")
+        return emit_document("history", {"entries": [], "totals": []}, console)
+    entries = read_history(time.time() - args.since if args.since else 0)
+    entries = entries[-args.limit :] if args.limit else entries
+    totals = history_totals(entries)
     if console.json:
-        console.document({**base_document("recover", None, console), "removed": removed})
-    else:
-        console.say(f"removed {len(removed)} jobs")
+        return emit_document("history", {"entries": entries, "totals": totals}, console)
+    for entry in entries:
+        cost = entry.get("cost")
+        words = [
+            entry["time"],
+            entry.get("model"),
+            entry.get("size") or "-",
+            entry.get("quality") or "-",
+        ]
+        price = str(Cost(**cost)) if cost else "-"
+        prompt = printable(str(entry.get("prompt")), 40)
+        pictures = len(entry.get("paths") or [])
+        console.emit(f"{'  '.join(map(str, words))}  {pictures}  {price}  {prompt}")
+    for row in totals:
+        price = f", {Cost(row['amount'], row['currency'])}" if row["currency"] else ""
+        console.emit(
+            f"total {row['model']}: {row['pictures']} pictures in {row['calls']} calls{price}"
+        )
+    return EXIT_OK
+
+
+def emit_document(command: str, more: dict[str, Any], console: Console) -> int:
+    """Print a command's JSON document, where --json asks for one."""
+    if console.json:
+        console.document({**base_document(command, None, console), **more})
     return EXIT_OK
 
 
 def command_sizes(args: Args, session: Session) -> int:
     """sizes: the table, or what each spelling resolves to."""
-    console = session.console
-    if not args.words:
-        console.emit(f"{'ratio':6} {'name':11} {'1K':>10} {'2K':>10} {'4K':>10}")
-        for ratio, name, *sizes in SIZES:
-            cells = " ".join(f"{size_text(size):>10}" for size in sizes)
-            console.emit(f"{ratio:6} {name:11} {cells}")
+    console, rows = session.console, []
     for word in args.words:
         try:
             size = parse_size(word)
         except ValueError as error:
             raise Failure(str(error)) from None
         fault = size_fault(*size) if size else ""
-        if size and fault and not args.nearest_size:
+        if size and fault:
             close = size_text(nearest_size(*size))
-            raise Failure(f"size {size_text(size)}: {fault}; the nearest legal size is {close}")
-        console.emit(size_text(nearest_size(*size) if size and fault else size))
-        if word.upper() in TIERS:
-            wide = size_text(parse_size(f"16:9@{word}"))
-            console.say(f"{word} is square; 16:9@{word} is {wide}")
+            if not args.nearest_size:
+                raise Failure(f"size {size_text(size)}: {fault}; the nearest legal is {close}")
+            size = nearest_size(*size)
+        rows.append({"spelling": word, "size": size_text(size)})
+    if console.json:
+        table = [
+            dict(zip(("ratio", "name", *TIERS), (*row[:2], *map(size_text, row[2:]))))
+            for row in SIZES
+        ]
+        return emit_document("sizes", {"sizes": rows or table}, console)
+    if not rows:
+        console.emit(f"{'ratio':6} {'name':11} {'1K':>10} {'2K':>10} {'4K':>10}")
+        for ratio, name, *sizes in SIZES:
+            cells = " ".join(f"{size_text(size):>10}" for size in sizes)
+            console.emit(f"{ratio:6} {name:11} {cells}")
+    for row in rows:
+        console.emit(row["size"])
+        if row["spelling"].upper() in TIERS:
+            wide = size_text(parse_size(f"16:9@{row['spelling']}"))
+            console.say(f"{row['spelling']} is square; 16:9@{row['spelling']} is {wide}")
     return EXIT_OK
 
 
@@ -4480,26 +4796,34 @@ def command_config(args: Args, session: Session) -> int:
     settings = load_settings(args, session.console)
     if args.show:
         return show_config(args, settings, session.console)
+    if settings.sandbox:
+        settings = start_sandbox(settings)
     return check_everything(args, settings, session)
+
+
+def provider_template(provider: Provider | None) -> dict[str, Any]:
+    """Return the settings that --init writes for a provider; none for one without a template."""
+    if not provider or provider.name == "generic":
+        return {}
+    base = {"base_url": provider.base_url, "api_key_env": provider.key_env}
+    return {**base, **dict(provider.template)}
 
 
 def config_template(args: Args) -> dict[str, Any]:
     """Return the settings that --init writes for a profile, or for OpenAI without one."""
-    name = getattr(args, "profile", None) or "openai"
-    provider = PROVIDERS.get(name)
-    settings: dict[str, Any] = dict(provider.template) if provider else {}
-    base_url, key_env = getattr(args, "base_url", None), getattr(args, "api_key_env", None)
-    if base_url:
+    name = args.profile or "openai"
+    settings = provider_template(PROVIDERS.get(name))
+    if args.base_url:
         try:
-            settings["base_url"] = parse_base_url(base_url).url
+            settings["base_url"] = parse_base_url(args.base_url).url
         except ValueError as error:
             raise Failure(f"--base-url: {error}") from None
     if not settings:
-        known = ", ".join(row.name for row in PROVIDERS.values() if row.template)
+        known = ", ".join(row.name for row in PROVIDERS.values() if row.key_env)
         raise Failure(f"profile {name!r} has no template ({known})", hint="pass --base-url too")
     settings.setdefault("api_key_env", re.sub("[^A-Z0-9]", "_", name.upper()) + "_API_KEY")
-    if key_env:
-        settings["api_key_env"] = key_env
+    if args.api_key_env:
+        settings["api_key_env"] = args.api_key_env
     return settings
 
 
@@ -4507,7 +4831,7 @@ def init_config(args: Args, console: Console) -> int:
     """Write a config file, or add one profile to the one there is."""
     env = dict(os.environ)
     path = find_config(args.config, env) or config_places(env)[0]
-    settings, profile = config_template(args), getattr(args, "profile", None)
+    settings, profile = config_template(args), args.profile
     exists = os.path.lexists(path)
     config = read_config(path) if exists and profile else {}
     if exists and not profile and not args.force:
@@ -4526,11 +4850,12 @@ def init_config(args: Args, console: Console) -> int:
     else:
         config = settings
     write_config(path, config)
-    console.emit(f"Wrote: {path}")
+    if not console.json:
+        console.emit(f"Wrote: {path}")
     name = settings["api_key_env"]
     if not env.get(name):
         console.say(f"next: export {name}=YOUR-KEY, then config --check")
-    return EXIT_OK
+    return emit_document("config", {"config_file": path}, console)
 
 
 def write_config(path: str, config: dict[str, Any]) -> None:
@@ -4592,6 +4917,7 @@ def check_everything(args: Args, settings: Settings, session: Session) -> int:
 
     console = session.console
     failed: list[Failure] = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         steps: list[tuple[str, Callable[[], str]]] = [
             ("curl", lambda: curl_version(folder, session)),
@@ -4608,18 +4934,19 @@ def check_everything(args: Args, settings: Settings, session: Session) -> int:
             except Failure as failure:
                 failed.append(failure)
                 line, mark = str(failure), "FAILED"
+            rows.append({"check": name, "ok": mark == "ok", "message": line})
             if not console.json:
                 console.emit(UNPRINTABLE.sub(" ", f"{name:7} {mark:6} {line}"))
     first = failed[0] if failed else None
     if console.json:
-        console.document(base_document("config", first, console))
+        console.document({**base_document("config", first, console), "checks": rows})
     return first.exit_code if first else EXIT_OK
 
 
 def curl_version(folder: str, session: Session) -> str:
     """Return curl's path and version. Raises Failure where there is none."""
     path = os.path.join(folder, "version.txt")
-    run_curl(b"", path, session, lambda: 0, ["-q", "--version"])
+    run_curl(b"", path, session, Watch(path), ["-q", "--version"])
     with open(path, encoding="utf-8", errors="replace") as file:
         words = file.readline().split()
     return f"{find_curl()} {words[1] if len(words) > 1 else '?'}"
@@ -4641,7 +4968,7 @@ def check_models(folder: str, settings: Settings, session: Session) -> str:
     lines = [*connection_lines(settings, url, settings.base.host), *key_lines(settings)]
     lines += [curl_line("output", body), curl_line("dump-header", head)]
     lines.append(b"max-filesize = %d\n" % (8 * MEGABYTE))
-    end = run_curl(b"".join(lines), os.path.join(folder, "curl.txt"), session, lambda: 0)
+    end = run_curl(b"".join(lines), os.path.join(folder, "curl.txt"), session, Watch(body))
     if end.status in (404, 405):
         return f"HTTP {end.status}: reachable; the key can't be checked here"
     if end.status == 200:
@@ -4674,6 +5001,7 @@ COMMANDS: dict[str, tuple[Callable[[Args, Session], int], str, str]] = {
     "generate": (command_image, '"PROMPT" [options]', "make pictures from a prompt"),
     "edit": (command_image, 'IMAGE... "PROMPT" [options]', "make pictures from pictures"),
     "recover": (command_recover, "[ID...] [options]", "save what an interrupted call left"),
+    "history": (command_history, "[options]", "what was made and what it cost"),
     "sizes": (command_sizes, "[SPELLING...]", "named sizes, or what a spelling means"),
     "config": (command_config, "--init | --show | --check", "write, show or check the settings"),
     "sandbox": (command_sandbox, "[--port P]", "a local server with placeholder pictures"),
@@ -4705,6 +5033,10 @@ save the newest, somewhere else:
   recover --last -o rescued/
 remove what is older than a month:
   recover --clean --older-than 30d
+""",
+    "history": """
+what the last week cost:
+  history --since 7d
 """,
     "sizes": """
 the table:
@@ -4774,6 +5106,7 @@ def make_parser(command: str) -> Any:
         epilog="examples:" + EXAMPLES[command],
         formatter_class=Formatter,
         allow_abbrev=False,
+        add_help=False,  # its title differs between versions; run() prints the help
     )
 
 
@@ -4782,7 +5115,15 @@ def usage_failure(message: str, known: Iterable[str]) -> Failure:
     unknown = re.match(r"unrecognized arguments: (\S+)", message)
     if unknown:
         option = unknown[1].partition("=")[0]
+        for row in table_rows(OPTIONS):
+            if option in row[0].split():
+                others = [name for name, letter in LETTERS.items() if letter in row[2]]
+                return Failure(f"{option} is an option of {', '.join(others)}, not of this command")
         return Failure(f"{option} is not an option here{nearest(option, known)}")
+    lacking = re.match(r"argument (\S+): expected one argument", message)
+    if lacking:
+        option = lacking[1].rpartition("/")[2]
+        return Failure(f"{option} needs a value", hint=f"one that begins with a dash: {option}=-…")
     return Failure(re.sub(r"^argument ", "", message))
 
 
@@ -4813,143 +5154,123 @@ def split_words(argv: Sequence[str], parser: Any) -> tuple[list[str], list[str]]
     return options, words
 
 
-def add_image_options(parser: Any, endpoint: str) -> None:
-    """Add the options of the API's fields, from their table, and those that build a request."""
-    group = parser.add_argument_group("image")
+# The other options: names, kind (empty: a switch), commands by their letters, group, help.
+OPTIONS = """
+--param        | KEY=VALUE | ge   | image      | any other API field; dots nest; VALUE may be JSON
+--nearest-size |           | gez  | image      | take the nearest legal size for one that is not
+--prompt       | TEXT      | ge   | image      | the prompt, where it is not the argument
+--prompt-file  | FILE      | ge   | image      | the prompt from a file; - is standard input
+--image --input-image | FILE | e  | pictures   | one more picture (repeatable)
+--mask         | FILE      | e    | pictures   | PNG, transparent where the first picture may change
+--mask-box     | X,Y,W,H   | e    | pictures   | draw that mask: a box in the first picture
+--markup       | FILE      | e    | pictures   | transparent PNG with marks on it (2.5 and 2.6)
+--image-field  | NAME      | e    | pictures   | the pictures' form field: auto, image or image[]
+-o --output    | PATH      | ger  | output     | a file, a folder (or FOLDER/), or - for stdout
+--output-dir   | DIR       | ger  | output     | folder for generated names (default: current)
+--force        |           | gerc | output     | replace what exists
+--sidecar      |           | ge   | output     | write PICTURE.json: request, usage, cost
+--dry-run      |           | ge   | output     | show request, paths and an estimate; send nothing
+--list         |           | r    | jobs       | list them, as without an ID
+--last         |           | r    | jobs       | the newest one
+--all          |           | r    | jobs       | every one
+--no-wait      |           | r    | jobs       | don't wait for a request that is under way
+--clean        |           | r    | jobs       | remove old ones
+--older-than   | AGE       | r    | jobs       | with --clean: how old (default 7d)
+--since        | AGE       | h    | history    | only what is younger: 7d, 12h
+--limit        | 1..999999 | h    | history    | only the newest N
+--clear        |           | h    | history    | empty it
+--init         |           | c    | config     | write a config, or add a --profile by name
+--show         |           | c    | config     | each setting, where it came from and what it hides
+--check        |           | c    | config     | try curl, key and server; spends nothing
+--api-key-env  | NAME      | c    | config     | with --init: the variable that holds the key
+--port         | 0..65535  | x    | sandbox    | the port (default: a free one)
+--config       | FILE      | gercxh | connection | the config file
+--profile      | NAME      | gercxh | connection | the profile in it
+--provider     | NAME      | gercx | connection | openai openai-hk nodekey azure generic
+--base-url     | URL       | gerc | connection | the server, up to and with /v1
+--api-key      | KEY       | gerc | connection | the key; anyone can see it in ps
+--timeout      | SECONDS   | gerc | connection | for the whole answer (default 600)
+--connect-timeout | SECONDS | gerc | connection | for the connection (default 20)
+--retries      | 0..20     | ge   | connection | of what was surely not served (default 2)
+--retry-unsafe |           | ge   | connection | resend after an unknown outcome; may pay twice
+--allow-http   |           | gerc | connection | allow a key over plain http
+--allow-private |          | ger  | connection | fetch pictures from private addresses too
+--new          |           | ge   | connection | send anew even if the same request is under way
+--sandbox      |           | gec  | connection | a local server with placeholders; no key, no cost
+--json         |           | gerczxh | messages | one JSON document on stdout
+--quiet        |           | gerczxh | messages | errors only on stderr
+--verbose      |           | gerczxh | messages | more on stderr
+-h --help | | gerczxh | messages | show this
+"""
+LETTERS = {
+    "generate": "g",
+    "edit": "e",
+    "recover": "r",
+    "history": "h",
+    "config": "c",
+    "sizes": "z",
+    "sandbox": "x",
+}
+GROUPS = (
+    "image",
+    "pictures",
+    "output",
+    "jobs",
+    "history",
+    "config",
+    "sandbox",
+    "connection",
+    "messages",
+)
+READERS: dict[str, Callable[[str], Any]] = {
+    "param": read_param,
+    "mask_box": read_mask_box,
+    "older_than": read_age,
+    "since": read_age,
+}
+
+
+def option_rows(command: str) -> Iterator[tuple[str, list[str], str, str, str]]:
+    """Yield (group, names, kind, dest, help) of every option of a command."""
+    letter = LETTERS[command]
     for field in FIELDS:
-        if endpoint in field.endpoints:
-            names = [field.short, field.option] if field.short else [field.option]
-            read = typed(lambda text, field=field: read_field(field, text))  # type: ignore[misc]
-            group.add_argument(*names, metavar=field.metavar, type=read, help=field.help)
-    text = "any other field of the API; dots nest; VALUE is JSON where it parses; not checked"
-    group.add_argument(
-        "--param", metavar="KEY=VALUE", action="append", type=typed(read_param), help=text
-    )
-    text = "take the nearest legal size instead of refusing one that is not"
-    group.add_argument("--nearest-size", action="store_true", help=text)
-    group.add_argument("--prompt", metavar="TEXT", help="the prompt, where it is not the argument")
-    text = "the prompt from a file; - is standard input"
-    group.add_argument("--prompt-file", metavar="FILE", help=text)
+        if letter in field.endpoints:
+            yield "image", field.option.split(), field.kind, field.dest, field.help
+    for names, kind, commands, group, text in table_rows(OPTIONS):
+        if letter in commands:
+            dest = names.split()[0 if "--image" in names else -1].lstrip("-").replace("-", "_")
+            yield group, names.split(), kind, dest, text
 
 
-def add_edit_options(parser: Any) -> None:
-    """Add the options for the pictures that an edit begins with."""
-    group = parser.add_argument_group("pictures")
-    text = "one more picture (repeatable)"
-    group.add_argument(
-        "--image", "--input-image", metavar="FILE", action="append", dest="image", help=text
-    )
-    text = "PNG whose transparent parts say where to edit the first picture"
-    group.add_argument("--mask", metavar="FILE", help=text)
-    text = "draw that mask: a box in pixels of the first picture"
-    group.add_argument("--mask-box", metavar="X,Y,W,H", type=typed(read_mask_box), help=text)
-    text = "transparent PNG with marks on it (2.5 and 2.6)"
-    group.add_argument("--markup", metavar="FILE", help=text)
-    reader = typed(SETTINGS["image_field"][0])
-    text = "the form field of the pictures: auto, image or image[]"
-    group.add_argument("--image-field", metavar="NAME", type=reader, help=text)
-
-
-def add_output_options(parser: Any, recover: bool = False) -> None:
-    """Add the options that say where results go."""
-    group = parser.add_argument_group("output")
-    text = "file, folder (or FOLDER/), or - for standard output"
-    group.add_argument("-o", "--output", metavar="PATH", help=text)
-    text = "folder for generated names (default: the current one)"
-    group.add_argument("--output-dir", metavar="DIR", help=text)
-    group.add_argument("--force", action="store_true", help="replace a file that exists")
-    if not recover:
-        text = "show the request, the paths and an estimate; send and make nothing"
-        group.add_argument("--dry-run", action="store_true", help=text)
-
-
-def add_talk_options(parser: Any) -> None:
-    """Add the options that every command has."""
-    group = parser.add_argument_group("talk")
-    group.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    group.add_argument("--quiet", action="store_true", help="errors only on stderr")
-    group.add_argument("--verbose", action="store_true", help="more on stderr")
-    group.add_argument("--config", metavar="FILE", help="the config file to use")
-    group.add_argument("--profile", metavar="NAME", help="the profile in it")
-
-
-def add_connection_options(parser: Any) -> None:
-    """Add the options that say which server is asked, and how patiently."""
-    group = parser.add_argument_group("connection")
-    names = ", ".join(PROVIDERS)
-    reader = typed(SETTINGS["provider"][0])
-    group.add_argument("--provider", metavar="NAME", type=reader, help=names)
-    group.add_argument("--base-url", metavar="URL", help="the server, up to and with /v1")
-    group.add_argument("--api-key", metavar="KEY", help="the key; anyone can see it in ps")
-    for key, metavar, text in (
-        ("timeout", "SECONDS", "for the whole answer (default 600)"),
-        ("connect_timeout", "SECONDS", "for the connection (default 20)"),
-        ("retries", "0..20", "of what was surely not served (default 2)"),
-    ):
-        option = f"--{key.replace('_', '-')}"
-        group.add_argument(option, metavar=metavar, type=typed(SETTINGS[key][0]), help=text)
-    text = "send again after an unknown outcome too; may pay twice"
-    group.add_argument("--retry-unsafe", action="store_true", help=text)
-    text = "allow a key over plain http"
-    group.add_argument("--allow-http", action="store_const", const=True, help=text)
-    text = "fetch pictures from private addresses too"
-    group.add_argument("--allow-private", action="store_true", help=text)
-    text = "send anew even if the same request is under way or unfinished"
-    group.add_argument("--new", action="store_true", help=text)
-    text = "use a local server with placeholder pictures; no key, no cost"
-    group.add_argument("--sandbox", action="store_true", help=text)
-
-
-def add_recover_options(parser: Any) -> None:
-    """Add the options of recover."""
-    group = parser.add_argument_group("jobs")
-    group.add_argument("--list", action="store_true", dest="list_jobs", help="list them (as without an ID)")
-    group.add_argument("--last", action="store_true", help="the newest one")
-    group.add_argument("--all", action="store_true", help="every one")
-    text = "don't wait for a request that is still under way"
-    group.add_argument("--no-wait", action="store_true", help=text)
-    group.add_argument("--clean", action="store_true", help="remove old ones")
-    text = "with --clean: how old (default 7d)"
-    group.add_argument(
-        "--older-than", metavar="AGE", type=typed(read_age), default=7 * 86400, help=text
-    )
-
-
-def add_config_options(parser: Any) -> None:
-    """Add the options of config."""
-    group = parser.add_argument_group("config")
-    text = "write a config file, or add --profile to it"
-    group.add_argument("--init", action="store_true", help=text)
-    group.add_argument("--show", action="store_true", help="each setting and where it came from")
-    group.add_argument("--check", action="store_true", help="try curl, key and server for free")
-    text = "with --init: the environment variable that holds the key"
-    group.add_argument("--api-key-env", metavar="NAME", help=text)
-    group.add_argument("--force", action="store_true", help="with --init: replace what is there")
+def option_reader(dest: str, kind: str) -> Callable[[str], Any]:
+    """Return the function that reads an option's value."""
+    field = next((field for field in FIELDS if field.dest == dest), None)
+    if field:
+        return lambda text: read_field(field, text)
+    if ".." in kind:
+        return read_number(kind)
+    if dest in READERS:
+        return READERS[dest]
+    checked = dest in ("timeout", "connect_timeout", "provider", "image_field")
+    return SETTINGS[dest][0] if checked else str
 
 
 def build_parser(command: str) -> Any:
-    """Return the whole parser of one subcommand."""
+    """Return the parser of one subcommand; no other is built."""
     parser = make_parser(command)
-    if command in ("generate", "edit"):
-        add_image_options(parser, "edits" if command == "edit" else "generations")
-    if command == "edit":
-        add_edit_options(parser)
-    if command in ("generate", "edit", "recover"):
-        add_output_options(parser, command == "recover")
-    if command == "recover":
-        add_recover_options(parser)
-    if command == "config":
-        add_config_options(parser)
-    if command == "sizes":
-        text = "take the nearest legal size for one that is not"
-        parser.add_argument("--nearest-size", action="store_true", help=text)
-    if command == "sandbox":
-        reader = typed(lambda text: read_digits(text, 0, 65535))
-        text = "the port (default: a free one)"
-        parser.add_argument("--port", metavar="P", type=reader, default=0, help=text)
-    if command != "sizes":
-        add_connection_options(parser)
-    add_talk_options(parser)
+    rows = list(option_rows(command))
+    for title in GROUPS:
+        group = parser.add_argument_group(title)
+        for _, names, kind, dest, text in (row for row in rows if row[0] == title):
+            if not kind:
+                group.add_argument(*names, action="store_const", const=True, help=text)
+                continue
+            action = "append" if dest in ("param", "image") else "store"
+            metavar = "|".join(kind.split())
+            reader = typed(option_reader(dest, kind))
+            group.add_argument(
+                *names, action=action, dest=dest, metavar=metavar, type=reader, help=text
+            )
     return parser
 
 
@@ -4999,7 +5320,12 @@ def run(argv: list[str], session: Session) -> int:
         return EXIT_OK
     args = parse_arguments(argv)
     console.quiet, console.verbose = args.quiet, args.verbose
-    session = session._replace(new=args.new, retry_unsafe=args.retry_unsafe, digest=console.json)
+    session = session._replace(
+        new=bool(args.new),
+        retry_unsafe=bool(args.retry_unsafe),
+        digest=bool(console.json or args.sidecar),
+        sidecar=bool(args.sidecar),
+    )
     return COMMANDS[args.command][0](args, session)
 
 
@@ -5030,8 +5356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Failure as caught:
         failure = caught
     if console.json:
-        document = base_document(command, failure, console)
-        console.document({**document, "images": [], "recover_id": None})
+        console.document(outcome_document(Outcome(command, failure=failure), None, console))
     console.error(f"{PROGRAM}: {failure}")
     return failure.exit_code
 
