@@ -56,6 +56,7 @@ MASK_WARN_BYTES = 4 * MEGABYTE  # SDK says below 4 MB, the guide below 50
 USUAL_TIMES = {"low": "10 to 70 s", "medium": "50 to 120 s", "high": "2 to 5 min"}
 MAX_DOWNLOAD_BYTES = 100 * MEGABYTE
 MAX_PROMPT_CHARACTERS = 32_000  # SDK
+ANSWER_BYTES = 40 * MEGABYTE  # what one 4K picture in base64 may take in an answer
 MAX_WAIT_SECONDS = 120  # a longer Retry-After is not waited for, as in the official SDK
 STOP_GRACE_SECONDS = 10.0  # what an answer that has begun gets after Ctrl-C
 KEEP_EMPTY_DAYS = 7
@@ -676,6 +677,59 @@ class Progress:
         self.console.on_line = lambda: None
 
 
+class Signals:
+    """INT, TERM and HUP. The first one ends a wait, and only that: whatever else we are at is done
+    to its end. The second one leaves now, wherever we are.
+
+        with SIGNALS:
+            wait()  # raises Interrupted, also for a signal that came before
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.waiting = False
+        self.sent = False  # a curl has been started
+
+    def install(self, handler: Any = None) -> None:
+        """Take the signals over, but for those that our parent told us to ignore (nohup)."""
+        import signal
+
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler or self.handle)
+
+    def ignore(self) -> None:
+        """Let nothing change an exit code that is settled."""
+        import signal
+
+        self.install(signal.SIG_IGN)
+
+    def handle(self, number: int, frame: object) -> None:
+        """Note a signal; raise Interrupted in a wait, and for the second one."""
+        again, self.number = self.number, number
+        if self.waiting or again:
+            raise Interrupted(number)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep; in slices, as an exception can get lost in a destructor."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with self:
+                time.sleep(max(0.0, min(1.0, end - time.monotonic())))
+
+    def __enter__(self) -> None:
+        if self.number:
+            raise Interrupted(self.number)
+        self.waiting = True
+
+    def __exit__(self, *_: object) -> None:
+        self.waiting = False
+
+
+SIGNALS = Signals()  # signals are the process's own, so there is one of these
+
+
 ################################################################################
 # Pictures as bytes
 ################################################################################
@@ -953,6 +1007,17 @@ def read_object(value: Any) -> dict[str, Any]:
     return value
 
 
+def read_prices(value: Any) -> dict[str, Any]:
+    """Return own prices per million tokens: {"currency", "text_in", ..., "out"}, or by model."""
+    prices = read_object(value)
+    for row in (prices, *(row for row in prices.values() if isinstance(row, dict))):
+        for name, amount in row.items():
+            number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
+            if name != "currency" and not isinstance(amount, dict) and not number:
+                raise ValueError(f"{printable(name)!r} is no number")
+    return prices
+
+
 def read_headers(value: Any) -> dict[str, str]:
     """Return extra request headers; names and values that could forge another are refused."""
     headers = read_object(value)
@@ -1016,7 +1081,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "proxy": (read_text, None),
     "cacert": (read_text, None),
     "user_agent": (read_text, f"{PROGRAM}/{__version__}"),
-    "prices": (read_object, None),
+    "prices": (read_prices, None),
     "history": (read_truth, True),
     "profile": (read_text, None),
     "profiles": (read_object, {}),
@@ -1270,9 +1335,10 @@ def run_key_command(words: list[str], source: str) -> str:
     import subprocess
 
     try:
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
-        )
+        with SIGNALS:
+            done = subprocess.run(
+                words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+            )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         why = os_reason(error) if isinstance(error, OSError) else type(error).__name__
         raise config_failure(f"api_key_command of {source} failed: {why}") from None
@@ -1529,7 +1595,8 @@ def read_mask_box(text: str) -> tuple[int, int, int, int]:
 def read_stdin() -> bytes:
     """Return what standard input holds, as far as a prompt may be long."""
     try:
-        return sys.stdin.buffer.read(MEGABYTE)
+        with SIGNALS:
+            return sys.stdin.buffer.read(MEGABYTE)
     except (OSError, ValueError, AttributeError):
         raise Failure("standard input is closed, so there is no prompt to read") from None
 
@@ -1637,8 +1704,6 @@ def build_request(ask: Ask, settings: Settings, console: Console) -> Request:
     options = {"model": DEFAULT_MODEL, **ask.options}
     overridden = {name for name, _ in ask.params}
     model = MODELS.get(options["model"])
-    if "model" not in overridden:
-        check_model(options["model"], settings.provider, console)
     if options.get("partial_images") is not None:
         options.setdefault("stream", True)
     if ask.command == "edit" and "size" not in options:
@@ -1652,6 +1717,8 @@ def build_request(ask: Ask, settings: Settings, console: Console) -> Request:
             apply_rule(sentence, level, strict, console)
     if ask.command == "edit" and settings.provider.note:
         console.warn(settings.provider.note)
+    if "model" not in overridden:
+        check_model(options["model"], settings.provider, console)
     ordered = {"model": options.pop("model"), "prompt": ask.prompt, **options}
     fields = overlay_params(ordered, ask.params)
     endpoint = "edits" if ask.command == "edit" else "generations"
@@ -2057,30 +2124,41 @@ def not_ours(info: os.stat_result) -> bool:
     return hasattr(os, "getuid") and info.st_uid != os.getuid()
 
 
-def usable_root(root: str, private: bool) -> bool:
-    """Return whether jobs can be kept below `root`, making it where it is missing."""
+def usable_root(root: str, private: bool) -> int:
+    """Return how many bytes of answers fit below `root`, made where it is missing; 0 for none."""
     import tempfile
+    from shutil import disk_usage
 
     try:
         os.makedirs(root, 0o700, exist_ok=True)  # the mode is for the last folder only
         os.makedirs(os.path.join(root, "jobs"), 0o700, exist_ok=True)
         info = os.lstat(root)
         if private and (info.st_mode & 0o077 or os.path.islink(root) or not_ours(info)):
-            return False
-        with tempfile.TemporaryFile(dir=os.path.join(root, "jobs")):
-            return True
+            return 0
+        with tempfile.TemporaryFile(dir=os.path.join(root, "jobs")) as file:
+            file.write(b"room for the request")
+        return disk_usage(root).free
     except OSError:
-        return False
+        return 0
 
 
-def jobs_folder(console: Console) -> str:
-    """Return the folder for new jobs. Raises Failure where nothing can be written at all."""
-    root, spare = state_root(), spare_root()
-    if usable_root(root, False):
+def jobs_folder(console: Console, pictures: int = 0) -> str:
+    """Return the folder for new jobs, the spare one where the usual has no room for an answer.
+
+    Raises Failure (exit 3) where nothing can be written at all.
+    """
+    root, spare, wanted = state_root(), spare_root(), max(1, pictures * ANSWER_BYTES)
+    room = usable_root(root, False)
+    if room >= wanted:
         return os.path.join(root, "jobs")
-    if not usable_root(spare, True):
-        raise Failure(f"cannot keep jobs in {root} or {spare}", hint="set XDG_STATE_HOME")
-    console.warn(f"cannot write in {root}; jobs are kept in {spare}")
+    spare_room = usable_root(spare, True)
+    if not room and not spare_room:
+        raise config_failure(f"cannot keep jobs in {root} or {spare}", "set XDG_STATE_HOME")
+    if spare_room <= room:
+        console.warn(f"{root} has only {room // MEGABYTE} MB free; the answer may not fit")
+        return os.path.join(root, "jobs")
+    why = f"{root} has only {room // 1024} KB free" if room else f"cannot write in {root}"
+    console.warn(f"{why}; jobs are kept in {spare}")
     return os.path.join(spare, "jobs")
 
 
@@ -2131,7 +2209,7 @@ def job_record(request: Request, target: Target, settings: Settings) -> dict[str
 
 def create_job(request: Request, target: Target, settings: Settings, console: Console) -> Job:
     """Make the job folder with everything that curl will read. Raises Failure (nothing sent)."""
-    root = jobs_folder(console)
+    root = jobs_folder(console, request.total)
     sweep_jobs()
     record = job_record(request, target, settings)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -2303,40 +2381,6 @@ def sweep_jobs() -> None:
 WRITE_OUT = "%{http_code} %{size_request} %{size_upload} %{num_connects} %{redirect_url}"
 
 
-class Signals:
-    """INT, TERM and HUP raise Interrupted where we wait; the second one leaves now."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.held = False
-
-    def install(self) -> None:
-        """Take the signals over, but for those that our parent told us to ignore (nohup)."""
-        import signal
-
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame: object) -> None:
-        """Raise Interrupted, unless this is the first one and something must not be cut."""
-        first, self.number = not self.number, number
-        if not first or not self.held:
-            raise Interrupted(number)
-
-    def check(self) -> None:
-        """Raise Interrupted for a signal that came while it was held back."""
-        if self.number:
-            raise Interrupted(self.number)
-
-    def __enter__(self) -> None:
-        self.held = True
-
-    def __exit__(self, *_: object) -> None:
-        self.held = False
-
-
 class Watch:
     """Looks at an answer as it comes; a plain one only tells how many bytes there are."""
 
@@ -2358,7 +2402,6 @@ class Session(NamedTuple):
     """What one call of the program carries along: its terminal, its signals, its wishes."""
 
     console: Console
-    signals: Signals
     new: bool = False
     retry_unsafe: bool = False
     digest: bool = False  # compute each picture's sha256
@@ -2509,16 +2552,14 @@ def run_curl(
     Its standard output, the write-out line, goes to `line_path`, which it holds locked while it
     lives. `watch` looks at the answer as it comes. A signal gives an answer that has begun 10 s.
     """
-    started = time.monotonic()
+    started, stopped, errors = time.monotonic(), 0, b""
     try:
-        with session.signals:  # or a signal could leave a curl that nobody waits for
-            process = start_curl(config, line_path, session.console.secrets, arguments)
+        process = start_curl(config, line_path, session.console.secrets, arguments)
     except OSError as error:
         raise config_failure(f"curl can't be started: {os_reason(error)}") from None
-    stopped, errors = 0, b""
     try:
-        session.signals.check()
-        errors = wait_for_curl(process, session, watch, 0)
+        with SIGNALS:
+            errors = wait_for_curl(process, session, watch, 0)
     except Interrupted as stop:
         stopped = stop.number
         errors = stop_curl(process, session, watch)
@@ -2586,9 +2627,11 @@ def stop_curl(process: Any, session: Session, watch: Watch) -> bytes:
             return wait_for_curl(process, session, watch, STOP_GRACE_SECONDS)
     except (Interrupted, subprocess.TimeoutExpired):
         pass
-    if process.poll() is None:
-        process.terminate()
-    errors: bytes = process.communicate()[1]
+    process.terminate()
+    try:
+        errors: bytes = process.communicate()[1]
+    except Interrupted:
+        return b""
     return errors
 
 
@@ -2774,6 +2817,8 @@ def reply_from_documents(kind: str, documents: list[Any], skeleton: Skeleton) ->
     error: ApiError | None = None
     usage: dict[str, Any] | None = None
     for document in documents:
+        if isinstance(document, list) and document and isinstance(document[0], dict):
+            document = document[0] if "error" in document[0] else document
         value = document if isinstance(document, dict) else {"data": document}
         if "partial_image" in str(value.get("type")):
             continue
@@ -2800,6 +2845,8 @@ def image_sources(value: dict[str, Any], skeleton: Skeleton) -> list[ImageSource
 def image_source(entry: Any, skeleton: Skeleton) -> ImageSource | None:
     """Return where one entry's picture is; empty strings and nulls beside it mean nothing."""
     fields = entry if isinstance(entry, dict) else {"url": entry}
+    if isinstance(entry, str) and not re.match("https?://|data:|/", entry, re.I):
+        fields = {"b64_json": entry if len(entry) > 100 else None}
     prompt = fields.get("revised_prompt")
     revised = prompt if isinstance(prompt, str) and prompt == skeleton.span(prompt) else None
     for name in ("b64_json", "url", "image_url", "b64", "image_base64"):
@@ -2808,7 +2855,7 @@ def image_source(entry: Any, skeleton: Skeleton) -> ImageSource | None:
             value = skeleton.span(value.get("url"))
         if not value or not isinstance(value, (str, Span)):
             continue
-        linked = isinstance(value, str) and not value.startswith("data:")
+        linked = isinstance(value, str) and value[:5].lower() != "data:"
         if linked and ("url" in name or re.match("https?://", str(value), re.I)):
             return ImageSource("url", value, revised or None)
         return ImageSource("base64", value, revised or None)
@@ -2835,6 +2882,7 @@ def salvage_images(text: str, skeleton: Skeleton) -> tuple[ImageSource, ...]:
 def parse_error(value: dict[str, Any]) -> ApiError | None:
     """Return the error in one JSON value, in whichever of the known shapes it comes."""
     error = value.get("error")
+    error = error[0] if isinstance(error, list) and error else error
     told = value.get("message") if isinstance(value.get("message"), str) else value.get("detail")
     if not error and not value.get("data") and told:
         error = {**value, "message": told}
@@ -2883,7 +2931,7 @@ def escape_cut(piece: bytes) -> int:
 
 
 URL_ALPHABET = bytes.maketrans(b"-_", b"+/")
-DATA_PREFIX = re.compile(rb"\s*data:[^,]{0,200},")
+DATA_PREFIX = re.compile(rb"\s*data:[^,]{0,200},", re.I)
 
 
 def decode_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -2938,7 +2986,7 @@ def decode_dressed(text: bytes, ended: bool) -> tuple[bytes, bytes, bool]:
 # What an attempt came to: ok, refused, unsent or unknown. Pure: values in, a Verdict out.
 
 # With these no byte of the POST has left, whatever the figures say (a CONNECT counts as sent).
-UNSENT_EXITS = (1, 2, 3, 5, 6, 7, 26, 35, 60, 77, 97)
+UNSENT_EXITS = (2, 3, 5, 6, 7, 35, 60, 77, 97)
 
 
 def judge(end: CurlEnd, headers: dict[str, str], reply: Reply, settings: Settings) -> Verdict:
@@ -3014,7 +3062,8 @@ def judge_no_image(end: CurlEnd, reply: Reply, status: int) -> Verdict:
         verdict = judge_inner_error(reply.error, status)
         if verdict:
             return verdict
-        return unknown(f"HTTP {status} with an error: {error_text(reply.error)}", status)
+        code = reply.error.code or reply.error.type
+        return unknown(f"HTTP {status} with {error_text(reply.error)}", status, "", code)
     if end.code:
         row = CURL_EXITS.get(end.code, CurlExit(f"curl ended with {end.code}"))
         return unknown(f"HTTP {status}, but {row.sentence}", status, row.hint)
@@ -3029,7 +3078,7 @@ def judge_no_image(end: CurlEnd, reply: Reply, status: int) -> Verdict:
 
 def judge_inner_error(error: ApiError, status: int) -> Verdict | None:
     """Return the refusal that an error inside a 200 surely is, or None where it may be billed."""
-    known = API_ERRORS.get(error.code) or API_ERRORS.get(error.type)
+    known = API_ERRORS.get(error.code or error.type)
     if POLICY_MARK in error.message:
         known = (EXIT_POLICY, POLICY_HINT)
     if not known and re.fullmatch("4[0-9][0-9]", error.code) and error.code not in ("408", "409"):
@@ -3119,6 +3168,7 @@ def retry_delay(attempt: int, wait: float | None) -> float:
 ################################################################################
 # Pictures that come as a link: fetched without the key, resumed, retried, each hop checked.
 
+PRINTABLE = "".join(map(chr, range(33, 127)))  # what curl may send as it stands
 MAX_REDIRECTS = 3
 MAX_FETCHES = 4
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -3142,7 +3192,7 @@ def check_link(url: str, settings: Settings, session: Session) -> Link:
     """Return a link that may be fetched. Raises Failure for one that leads to a private place."""
     from urllib.parse import quote, urljoin, urlsplit
 
-    full = quote(urljoin(settings.base.url + "/", url.strip()), safe="%!#$&'()*+,/:;=?@[]~")
+    full = quote(urljoin(settings.base.url + "/", url.strip()), safe=PRINTABLE)
     try:
         parts = urlsplit(full)
         host = (parts.hostname or "").rstrip(".")
@@ -3249,7 +3299,7 @@ def download(url: str, name: str, job: Job, settings: Settings, session: Session
             remove_file(path)  # it can't be resumed: start over
         if tries >= MAX_FETCHES or not worth_retrying(end):
             raise link_failure(download_message(end, link), "recover tries again")
-        time.sleep(retry_delay(tries, None))
+        SIGNALS.pause(retry_delay(tries, None))
 
 
 def next_hop(link: Link, location: str, settings: Settings, session: Session) -> Link:
@@ -3325,13 +3375,22 @@ def picture_pieces(source: ImageSource, folder: str, downloaded: str) -> Iterato
             yield from iter(lambda: file.read(WINDOW), b"")
     elif isinstance(source.value, Span):
         with open(os.path.join(folder, ANSWER), "rb") as file:
-            yield from decode_base64(span_pieces(file, source.value))
-    elif re.match(r"data:[^,]*,", source.value) and ";base64," not in source.value[:200]:
-        from urllib.parse import unquote_to_bytes
-
-        yield unquote_to_bytes(source.value.partition(",")[2])
+            yield from decode_text(span_pieces(file, source.value))
     else:
-        yield from decode_base64([source.value.encode("utf-8", "replace")])
+        yield from decode_text(iter([source.value.encode("utf-8", "replace")]))
+
+
+def decode_text(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of base64 text, or of a data: URL that is percent-encoded (an SVG)."""
+    from itertools import chain
+    from urllib.parse import unquote_to_bytes
+
+    first = next(pieces, b"")
+    prefix = DATA_PREFIX.match(first)
+    if prefix and b";base64" not in prefix[0].lower():
+        yield unquote_to_bytes(first[prefix.end() :] + b"".join(pieces))
+    else:
+        yield from decode_base64(chain([first], pieces))
 
 
 def write_picture(
@@ -3459,18 +3518,17 @@ def save_picture(
     def planned_name(suffix: str) -> str:
         return target.path(index, suffix)
 
-    with session.signals:
+    pieces = picture_pieces(source, job.folder, downloaded)
+    if target.stdout and index == 0:
+        picture = write_picture(pieces, job.folder, spare_name, True, session)
+        return send_to_stdout(picture)._replace(revised_prompt=source.revised_prompt)
+    try:
+        picture = write_picture(pieces, target.folder, planned_name, target.force, session)
+    except OSError as error:
+        where = f"{target.folder}: {os_reason(error)}"
+        session.console.warn(f"cannot write in {where}; the picture is kept in {job.folder}")
         pieces = picture_pieces(source, job.folder, downloaded)
-        if target.stdout and index == 0:
-            picture = write_picture(pieces, job.folder, spare_name, True, session)
-            return send_to_stdout(picture)._replace(revised_prompt=source.revised_prompt)
-        try:
-            picture = write_picture(pieces, target.folder, planned_name, target.force, session)
-        except OSError as error:
-            where = f"{target.folder}: {os_reason(error)}"
-            session.console.warn(f"cannot write in {where}; the picture is kept in {job.folder}")
-            pieces = picture_pieces(source, job.folder, downloaded)
-            picture = write_picture(pieces, job.folder, spare_name, True, session)
+        picture = write_picture(pieces, job.folder, spare_name, True, session)
     return picture._replace(revised_prompt=source.revised_prompt)
 
 
@@ -3591,10 +3649,7 @@ def price_of(model: str, settings: Settings) -> tuple[Price, str] | None:
     own = settings.prices or {}
     row = own.get(model) if isinstance(own.get(model), dict) else own
     if isinstance(row, dict) and row.get("out") is not None:
-        try:
-            amounts = [float(row.get(name, 0)) for name in Price._fields]
-        except (TypeError, ValueError):
-            raise config_failure(f"prices of {model} hold something that is no number") from None
+        amounts = [float(row.get(name, 0)) for name in Price._fields]
         return Price(*amounts), str(own.get("currency", row.get("currency", "USD")))
     if settings.provider.name == "openai-hk":
         return HK_PRICE, settings.provider.currency
@@ -3783,21 +3838,30 @@ def perform(request: Request, target: Target, settings: Settings, session: Sessi
         job = create_job(request, target, settings, session.console)
         announce(request, settings, session.console)
     session.console.say(f"Job: {job.id}")
-    outcome = Outcome(request.command, request, job_id=job.id, resumed=job.resumed)
+    outcome = Outcome(
+        request.command, request, job_id=job.id, resumed=job.resumed, sandbox=settings.sandbox
+    )
     try:
         job, answer = deliver(job, request, target, settings, session)
-        outcome = outcome._replace(answer=answer, job_id=job.id, sandbox=settings.sandbox)
+    except Interrupted as stop:
+        failure = stopped(stop.number, bool(job.answer_size()))
+        return settle(job, outcome._replace(failure=failure), session.console)
+    outcome = outcome._replace(answer=answer, job_id=job.id)
+    return finish_job(job, outcome, target, settings, session)
+
+
+def finish_job(
+    job: Job, outcome: Outcome, target: Target, settings: Settings, session: Session
+) -> Outcome:
+    """Save what an answer holds, put it on record, and let the job go if nothing is left in it."""
+    try:
         outcome = save_answer(outcome, job, target, settings, session)
         keep_record(outcome, settings, session)
     except Interrupted as stop:
-        outcome = outcome._replace(failure=stopped(stop.number, bool(job.answer_size())))
-    except Failure as failure:  # before curl: nothing was sent
-        outcome = outcome._replace(failure=failure, job_id=None)
-        remove_job(job)
-        return outcome
+        outcome = outcome._replace(failure=stopped(stop.number, True))
     except OSError as error:
-        problem = Failure(f"job {job.id}: {os_reason(error)}", EXIT_UNKNOWN, maybe_billed=True)
-        outcome = outcome._replace(failure=problem)
+        failure = Failure(f"job {job.id}: {os_reason(error)}", EXIT_UNKNOWN, maybe_billed=True)
+        outcome = outcome._replace(failure=failure)
     return settle(job, outcome, session.console)
 
 
@@ -3855,7 +3919,7 @@ def write_sidecars(outcome: Outcome, entry: dict[str, Any], session: Session) ->
 
 def append_history(entry: dict[str, Any], console: Console) -> None:
     """Append one line to the history, in one write, so that many processes can do so at once."""
-    path = os.path.join(os.path.dirname(jobs_folder(console)), HISTORY)
+    path = os.path.join(state_root(), HISTORY)
     line = console.scrub(json.dumps(entry, ensure_ascii=True)) + "\n"
     try:
         handle = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
@@ -3895,11 +3959,13 @@ def deliver(
     attempt, job_now = 1, job
     while True:
         watch = make_watch(request, job_now, target, session)
-        if attempt == 1 and job.resumed:
-            end = await_curl(job_now, watch, session)
-        else:
-            config = post_config(job_now, request, settings)
-            end = run_curl(config, job_now.path(CURL_LINE), session, watch)
+        try:
+            if attempt == 1 and job.resumed:
+                end = await_curl(job_now, watch, session)
+            else:
+                end = post(job_now, request, settings, watch, session)
+        except Failure as unsent:
+            return job_now, Answer(Verdict("unsent", unsent), Reply("empty"), CurlEnd(None), {}, 0)
         watch.look()
         answer = read_answer(job_now, end, settings, attempt)
         if isinstance(watch, StreamWatch):
@@ -3915,10 +3981,23 @@ def deliver(
         delay = retry_delay(attempt, verdict.wait)
         left = f"{attempt} of {settings.retries}"
         session.console.say(f"{verdict.failure}; trying again in {delay:.1f} s ({left})")
-        time.sleep(delay)
+        try:
+            SIGNALS.pause(delay)
+        except Interrupted as stop:
+            failure = stopped(stop.number, False, unsent=not unsafe)
+            return job_now, answer._replace(verdict=verdict._replace(failure=failure))
         attempt += 1
         if unsafe:
             job_now = next_job(job_now, request, settings, session.console)
+
+
+def post(job: Job, request: Request, settings: Settings, watch: Watch, session: Session) -> CurlEnd:
+    """Run curl for the paid POST. Raises Failure where nothing could be sent."""
+    if SIGNALS.number:
+        raise stopped(SIGNALS.number, False, unsent=True)
+    config = post_config(job, request, settings)
+    SIGNALS.sent = True
+    return run_curl(config, job.path(CURL_LINE), session, watch)
 
 
 def next_job(job: Job, request: Request, settings: Settings, console: Console) -> Job:
@@ -3943,7 +4022,7 @@ def await_curl(job: Job, watch: Watch, session: Session) -> CurlEnd:
     started = time.monotonic()
     try:
         while curl_lives(job):
-            time.sleep(0.1)  # a lock can't be waited for with a limit
+            SIGNALS.pause(0.1)  # a lock can't be waited for with a limit
             progress.tick(watch.look())
     finally:
         progress.stop()
@@ -3976,8 +4055,7 @@ def save_answer(
             failure = stopped(answer.end.signal, bool(job.answer_size()))
         return outcome._replace(failure=failure)
     saving = save_pictures(answer.reply, job, request, target, settings, session)
-    failure_ = saving_failure(saving, request.total) or answer.verdict.failure
-    return outcome._replace(pictures=saving.pictures, failure=failure_)
+    return outcome._replace(pictures=saving.pictures, failure=saving_failure(saving, request.total))
 
 
 def saving_failure(saving: Saving, asked: int) -> Failure | None:
@@ -4510,9 +4588,9 @@ def command_image(args: Args, session: Session) -> int:
     request = build_request(ask_from_args(args, settings), settings, console)
     output_dir = args.output_dir
     target = plan_target(args.output, output_dir, request, settings, args.force)
-    console.stdout_is_data = target.stdout and not args.dry_run
     if target.stdout and console.json:
         raise Failure("-o - and --json both want standard output; pass one of them")
+    console.stdout_is_data = target.stdout and not args.dry_run
     if target.stdout and args.sidecar:
         raise Failure("-o - leaves no file that --sidecar could lie beside")
     check_target(target, bool(args.sidecar))
@@ -4602,13 +4680,11 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
         request, target, settings = recovered_values(record, args, settings)
         end = await_curl(job, Watch(job.path(ANSWER)), session)
         answer = read_answer(job, end, settings, 1, salvage=True)
-        outcome = empty._replace(request=request, answer=answer)
-        outcome = save_answer(outcome, job, target, settings, session)
-        keep_record(outcome, settings, session)
     except Interrupted as stop:
-        outcome = empty._replace(failure=stopped(stop.number, True))
-    outcome = outcome._replace(failure=recover_failure(outcome))
-    return settle(job, outcome, session.console)
+        return settle(job, empty._replace(failure=stopped(stop.number, True)), session.console)
+    outcome = empty._replace(request=request, answer=answer)
+    outcome = finish_job(job, outcome, target, settings, session)
+    return outcome._replace(failure=recover_failure(outcome))
 
 
 def recovered_values(
@@ -4686,13 +4762,12 @@ def read_history(oldest: float) -> list[dict[str, Any]]:
     """Return the history's entries since a time in seconds, oldest first; torn lines are passed."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(oldest))
     found = []
-    for root in (state_root(), spare_root()):
-        try:
-            with open(os.path.join(root, HISTORY), "rb") as file:
-                for line in file:
-                    found += parse_json(line.decode("utf-8", "replace"))
-        except OSError:
-            continue
+    try:
+        with open(os.path.join(state_root(), HISTORY), "rb") as file:
+            for line in file:
+                found += parse_json(line.decode("utf-8", "replace"))
+    except OSError:
+        pass  # there is none yet
     entries = [entry for entry in found if isinstance(entry, dict) and entry.get("time")]
     return sorted((e for e in entries if str(e["time"]) >= stamp), key=lambda e: str(e["time"]))
 
@@ -4716,8 +4791,7 @@ def command_history(args: Args, session: Session) -> int:
     """history: what was made and what it cost."""
     console = session.console
     if args.clear:
-        for root in (state_root(), spare_root()):
-            remove_file(os.path.join(root, HISTORY))
+        remove_file(os.path.join(state_root(), HISTORY))
         console.say("the history is empty now")
         return emit_document("history", {"entries": [], "totals": []}, console)
     entries = read_history(time.time() - args.since if args.since else 0)
@@ -4988,7 +5062,8 @@ def command_sandbox(args: Args, session: Session) -> int:
     port = server.server_address[1]
     session.console.emit(f"Sandbox: http://127.0.0.1:{port}/v1")
     session.console.say(f"answers like {settings.provider.name}; stop it with Ctrl-C")
-    server.serve_forever()
+    with SIGNALS:
+        server.serve_forever()
     return EXIT_OK
 
 
@@ -5346,13 +5421,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; the one place where a Failure is printed."""
     words = list(sys.argv[1:] if argv is None else argv)
     console = Console(json="--json" in before_dashes(words))
-    session = Session(console, Signals(), mode=0o666 & ~read_umask())
+    session = Session(console, mode=0o666 & ~read_umask())
     command = words[0] if words and words[0] in COMMANDS else ""
     try:
-        session.signals.install()
-        return run(words, session)
+        SIGNALS.install()
+        exit_code = run(words, session)
+        SIGNALS.ignore()
+        return exit_code
     except Interrupted as stop:
-        failure = stopped(stop.number, False, unsent=True)
+        failure = stopped(stop.number, False, unsent=not SIGNALS.sent)
     except Failure as caught:
         failure = caught
     if console.json:
@@ -5362,4 +5439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before main had the signals
+        os._exit(130)
