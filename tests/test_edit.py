@@ -125,8 +125,10 @@ class Wire(EditCase):
     def test_options_are_spelled_as_forms_spell_them(self) -> None:
         table: list[tuple[str, dict[str, str]]] = [
             (
-                "--quality low -n 2 -f jpg --compression 50",
+                "--quality low -n 2 -f jpg --compression 50 --partial-images 3",
                 {
+                    "stream": "true",
+                    "partial_images": "3",
                     "quality": "low",
                     "n": "2",
                     "output_format": "jpeg",

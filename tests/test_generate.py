@@ -129,6 +129,8 @@ class Wire(GenerateCase):
                     "svg": {"model": "gpt-5.5", "reasoning": {"effort": "xhigh"}},
                 },
             ),
+            ("--stream", {"stream": True}),
+            ("--partial-images 0", {"stream": True, "partial_images": 0}),
             (
                 "--safety-identifier u-1 --user 42 --response-format b64_json",
                 {"safety_identifier": "u-1", "user": "42", "response_format": "b64_json"},
@@ -187,6 +189,7 @@ class Wire(GenerateCase):
         self.assert_sends({**fields, "output_format": "webp"})
         flags = ["-m", "gpt-image-2", "-s", "1:1", "--quality", "high", "-f", "jpg"]
         self.assert_sends({"size": "1024x1024", "quality": "high", "output_format": "jpeg"}, *flags)
+        self.assertEqual(self.body_of("x", "-o", "fox.png")["output_format"], "png")
 
     def test_the_environment_fills_in_what_neither_flag_nor_file_says(self) -> None:
         self.configure(quality="medium")

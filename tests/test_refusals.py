@@ -137,6 +137,7 @@ class BadUsage(RefusalCase):
         table: dict[str, Sequence[Row]] = {
             r"compression.*101": [("generate", "x", "-f", "jpg", "--compression", "101")],
             r"frame-count.*17": [("generate", "x", "-f", "gif", "--frame-count", "17")],
+            r"partial-images.*4": [("generate", "x", "--partial-images", "4")],
             r"timeout.*0": [("generate", "x", "--timeout", "0")],
             r"retries.*-1": [("generate", "x", "--retries=-1")],
             r"-n.*(argument|value)": [("generate", "x", "-n")],
