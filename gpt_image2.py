@@ -395,6 +395,34 @@ def os_reason(error: OSError) -> str:
 # What flows down the pipeline. A Request is checked when it exists; nothing below re-checks it.
 
 
+class Args:
+    """The command line as argparse fills it in; fields of the API stand under their option."""
+
+    command: str
+    words: list[str]
+    prompt: str | None = None
+    prompt_file: str | None = None
+    image: list[str] | None = None
+    mask: str | None = None
+    mask_box: tuple[int, int, int, int] | None = None
+    markup: str | None = None
+    param: list[tuple[str, Any]] | None = None
+    output: str | None = None
+    output_dir: str | None = None
+    profile: str | None = None
+    base_url: str | None = None
+    api_key_env: str | None = None
+    config: str | None = None
+    port: int = 0
+    older_than: int = 7 * 86400  # seconds
+
+    def __getattr__(self, name: str) -> Any:
+        """An option that was not given, or that the command does not have."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
+
+
 class PictureInfo(NamedTuple):
     """What a file's own bytes say: format as the API spells it, pixels, alpha, end marker seen."""
 
@@ -554,7 +582,13 @@ def secret_forms(secret: str) -> list[str]:
     from urllib.parse import quote
 
     raw = secret.encode("utf-8", "surrogateescape")
-    return [secret, quote(raw, safe=""), b64encode(raw).decode("ascii").rstrip("=")]
+    coded = quote(raw, safe="")
+    forms = [secret, coded, re.sub("%..", lambda match: match[0].lower(), coded)]
+    for lead in range(3):  # inside a longer text it may begin at any of three bit positions
+        tail = -(lead + len(raw)) % 3
+        text = b64encode(bytes(lead) + raw + bytes(tail)).decode("ascii")
+        forms.append(text[(0, 2, 3)[lead] : len(text) - (0, 2, 3)[tail]])
+    return sorted(set(forms), key=len, reverse=True)
 
 
 class Console:
@@ -583,7 +617,7 @@ class Console:
     def error(self, text: str) -> None:
         """Print one line on stderr, with --quiet too."""
         self.on_line()
-        write_stream(sys.stderr, line_bytes(UNPRINTABLE.sub(" ", self.scrub(text))))
+        write_stream(sys.stderr, line_bytes(UNPRINTABLE.sub(" ", self.scrub(text))[:4000]))
 
     def say(self, text: str) -> None:
         """Print one line on stderr."""
@@ -766,18 +800,20 @@ def inspect_jpeg(file: IO[bytes], head: bytes, tail: bytes, size: int) -> Pictur
     """JPEG: walk the segments to the frame header, past any amount of metadata."""
     if not head.startswith(b"\xff\xd8\xff"):
         return None
-    position, width, height = 2, 0, 0
+    position, width, height, scan = 2, 0, 0, 0
     while True:
         file.seek(position)
         segment = file.read(9)
         if len(segment) < 9 or segment[0] != 0xFF or segment[1] == 0xDA:
+            scan = position if segment[1:2] == b"\xda" else size
             break
         if 0xC0 <= segment[1] <= 0xCF and segment[1] not in (0xC4, 0xC8, 0xCC):
             height = int.from_bytes(segment[5:7], "big")
             width = int.from_bytes(segment[7:9], "big")
-            break
         position += 1 if segment[1] == 0xFF else 2 + int.from_bytes(segment[2:4], "big")
-    return PictureInfo("jpeg", width, height, False, b"\xff\xd9" in tail)
+    # A thumbnail in the metadata ends so too; in the scan itself FF is always stuffed.
+    end = size - len(tail) + tail.rfind(b"\xff\xd9")
+    return PictureInfo("jpeg", width, height, False, b"\xff\xd9" in tail and end > scan)
 
 
 def inspect_webp(file: IO[bytes], head: bytes, tail: bytes, size: int) -> PictureInfo | None:
@@ -805,16 +841,20 @@ def inspect_gif(file: IO[bytes], head: bytes, tail: bytes, size: int) -> Picture
     return PictureInfo("gif", width, height, False, tail.rstrip(b"\0")[-1:] == b";")
 
 
-SVG_START = re.compile(
-    rb"\s*(?:<\?xml[^>]*\?>|<!--.*?-->|<!DOCTYPE\s+svg[^>\[]*(?:\[[^\]]*\])?\s*>|\s)*<svg[\s>]",
-    re.I | re.S,
+SVG_PROLOG = re.compile(
+    rb"\s+|<\?.*?\?>|<!--.*?-->|<!DOCTYPE\s+svg[^>\[]*(?:\[[^\]]*\])?\s*>", re.I | re.S
 )
+SVG_START = re.compile(rb"<svg[\s>]", re.I)
 
 
 def inspect_svg(file: IO[bytes], head: bytes, tail: bytes, size: int) -> PictureInfo | None:
     """SVG: its root element comes first, so that a web page with a drawing in it is none."""
-    text = head[3:] if head.startswith(b"\xef\xbb\xbf") else head
-    start = SVG_START.match(text)
+    text, position = head[3:] if head.startswith(b"\xef\xbb\xbf") else head, 0
+    item = SVG_PROLOG.match(text)
+    while item:
+        position = item.end()
+        item = SVG_PROLOG.match(text, position)
+    start = SVG_START.match(text, position)
     if not start:
         return None
     tag = text[start.end() - 1 :].partition(b">")[0]
@@ -827,7 +867,8 @@ def inspect_svg(file: IO[bytes], head: bytes, tail: bytes, size: int) -> Picture
     else:
         sides = (box[1], box[2]) if box else (b"0", b"0")
     width, height = (round(float(side)) if side.count(b".") < 2 else 0 for side in sides)
-    return PictureInfo("svg", width, height, True, b"</svg>" in tail)
+    rest = re.sub(rb"<!--.*?-->|\s", b"", tail.rpartition(b"</svg")[2], flags=re.S)
+    return PictureInfo("svg", width, height, True, rest == b">")
 
 
 def draw_mask(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
@@ -998,6 +1039,13 @@ def read_secret(value: Any) -> str:
     return value
 
 
+def read_name(value: Any) -> str:
+    """Return the name of an environment variable; a key put here by mistake is not shown."""
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", str(value)):
+        raise ValueError("it is not the name of an environment variable")
+    return str(value)
+
+
 def read_object(value: Any) -> dict[str, Any]:
     """Return a JSON object, which an environment variable holds as text."""
     if isinstance(value, str):
@@ -1033,7 +1081,7 @@ def read_auth_header(value: Any) -> str:
     """Return `Name` or `Name: Scheme`, the header that carries the key."""
     text = read_text(value)
     if not re.fullmatch(r"[A-Za-z0-9-]+(: ?[A-Za-z0-9-]+)?", text):
-        raise ValueError(f"{text!r} is neither a header name nor 'Name: Scheme'")
+        raise ValueError("it is neither a header name nor 'Name: Scheme'")
     return text
 
 
@@ -1059,17 +1107,51 @@ def read_choice(*values: str) -> Callable[[Any], str]:
     return read
 
 
+def quoted(text: str) -> str:
+    """Return text as one word of a shell line."""
+    from shlex import quote
+
+    return quote(text)
+
+
+def read_field(field: Field, value: Any) -> Any:
+    """Return an API option's value, checked against its row; ValueError says why not."""
+    if not field.kind:
+        return read_truth(value)
+    if ".." in field.kind:
+        return read_number(field.kind)(value)
+    text = read_text(value)
+    if not text:
+        raise ValueError("it is empty")
+    if field.kind == "SIZE":
+        parse_size(text)
+    elif not field.kind.isupper():
+        text = "jpeg" if field.name == "output_format" and text == "jpg" else text
+        values = field.kind.split()
+        if text not in values:
+            past = f"--param {field.name}={quoted(text)} sends it unchecked"
+            close = nearest(text, values)
+            raise ValueError(f"{text!r} is not one of {', '.join(values)}{close} ({past})")
+    return text
+
+
+def read_as(name: str) -> Callable[[Any], Any]:
+    """Return the reader of one field of the API."""
+    field = next(field for field in FIELDS if field.name == name)
+    return lambda value: read_field(field, value)
+
+
 # Every setting: its reader and its default.
 SETTINGS: dict[str, tuple[Callable[[Any], Any], Any]] = {
     "base_url": (read_text, None),
     "provider": (read_choice(*PROVIDERS), None),
     "api_key": (read_secret, None),
-    "api_key_env": (read_text, None),
+    "api_key_env": (read_name, None),
     "api_key_command": (read_command, None),
-    "model": (read_text, DEFAULT_MODEL),
-    "size": (read_text, None),
-    "quality": (read_text, None),
-    "format": (read_text, None),
+    "model": (read_as("model"), DEFAULT_MODEL),
+    "size": (read_as("size"), None),
+    "quality": (read_as("quality"), None),
+    "format": (read_as("output_format"), None),
     "output_dir": (read_text, "."),
     "timeout": (read_number("1..86400"), 600),
     "connect_timeout": (read_number("1..86400"), 20),
@@ -1224,13 +1306,6 @@ def check_config(path: str, config: dict[str, Any], console: Console) -> None:
                 console.warn(f"{printable(path)}: unknown setting {printable(key)!r}{close}")
     if os.name == "posix" and os.stat(path).st_mode & 0o077:
         console.warn(f"others can read {printable(path)}; run: chmod 600 {quoted(path)}")
-
-
-def quoted(text: str) -> str:
-    """Return text as one word of a shell line."""
-    from shlex import quote
-
-    return quote(text)
 
 
 def find_config(flag: str | None, env: dict[str, str]) -> str | None:
@@ -1415,34 +1490,28 @@ def choose_key(
     return None, kept or "no API key is set"
 
 
-class SettingFlags(NamedTuple):
-    """What of the command line concerns the settings."""
-
-    values: dict[str, Any]  # by setting name
-    config: str | None = None
-    sandbox: bool = False
-    allow_private: bool = False
-
-
-def resolve_settings(flags: SettingFlags, env: dict[str, str], console: Console) -> Settings:
+def resolve_settings(args: Args, console: Console) -> Settings:
     """Return the settings in force. Raises Failure: exit 3 for a bad file, 2 for a bad flag."""
+    env = dict(os.environ)
+    values = {key: getattr(args, key) for key in SETTINGS}
+    flags = {key: value for key, value in values.items() if value is not None}
     environment = environment_layer(env)
-    path = find_config(flags.config, env)
+    path = find_config(args.config, env)
     spare = environment[1].get("profile")
-    files = file_layers(path, flags.values.get("profile"), spare, console)
-    layers = [("flag", flags.values), *files, environment]
+    files = file_layers(path, args.profile, spare, console)
+    layers = [("flag", flags), *files, environment]
     table = {key: resolve_setting(key, layers) for key in SETTINGS if key not in KEY_SETTINGS}
     table["base_url"] = resolve_base(table, env)
     base: BaseUrl = table["base_url"].value
     named = table["provider"].value
     provider = PROVIDERS[named] if named else find_provider(base.host)
     key, source = None, "the sandbox needs no key"
-    if not flags.sandbox:
-        key, source = choose_key(base, flags.values.get("api_key"), files, env, console)
+    if not args.sandbox:
+        key, source = choose_key(base, args.api_key, files, env, console)
     for secret in (key, *secret_settings(table)):
         if secret:
             console.keep_secret(secret)
-    if flags.values.get("api_key"):
+    if args.api_key:
         console.warn("--api-key can be seen in ps and in the shell's history; use api_key_env")
     return Settings(
         base,
@@ -1452,8 +1521,8 @@ def resolve_settings(flags: SettingFlags, env: dict[str, str], console: Console)
         headers=tuple(table["headers"].value.items()),
         auth_header=table["auth_header"].value or provider.auth_header,
         table=table,
-        sandbox=flags.sandbox,
-        allow_private=flags.allow_private,
+        sandbox=bool(args.sandbox),
+        allow_private=bool(args.allow_private),
         **{name: table[name].value for name in PLAIN_SETTINGS},
     )
 
@@ -1507,34 +1576,6 @@ def check_connection(settings: Settings) -> None:
 # From what was asked for to a checked Request. Reads the prompt and the input files; sends nothing.
 
 
-class Args:
-    """The command line as argparse fills it in; fields of the API stand under their option."""
-
-    command: str
-    words: list[str]
-    prompt: str | None = None
-    prompt_file: str | None = None
-    image: list[str] | None = None
-    mask: str | None = None
-    mask_box: tuple[int, int, int, int] | None = None
-    markup: str | None = None
-    param: list[tuple[str, Any]] | None = None
-    output: str | None = None
-    output_dir: str | None = None
-    profile: str | None = None
-    base_url: str | None = None
-    api_key_env: str | None = None
-    config: str | None = None
-    port: int = 0
-    older_than: int = 7 * 86400  # seconds
-
-    def __getattr__(self, name: str) -> Any:
-        """An option that was not given, or that the command does not have."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return None
-
-
 class Ask(NamedTuple):
     """What one job asks for, before any rule is checked: from the command line or a batch line."""
 
@@ -1547,27 +1588,6 @@ class Ask(NamedTuple):
     mask_box: tuple[int, int, int, int] | None = None
     markup: str | None = None
     nearest: bool = False
-
-
-def read_field(field: Field, value: Any) -> Any:
-    """Return an API option's value, checked against its row; ValueError says why not."""
-    if not field.kind:
-        return read_truth(value)
-    if ".." in field.kind:
-        return read_number(field.kind)(value)
-    text = read_text(value)
-    if not text:
-        raise ValueError("it is empty")
-    if field.kind == "SIZE":
-        parse_size(text)
-    elif not field.kind.isupper():
-        text = "jpeg" if field.name == "output_format" and text == "jpg" else text
-        values = field.kind.split()
-        if text not in values:
-            past = f"--param {field.name}={quoted(text)} sends it unchecked"
-            close = nearest(text, values)
-            raise ValueError(f"{text!r} is not one of {', '.join(values)}{close} ({past})")
-    return text
 
 
 def read_param(text: str) -> tuple[str, Any]:
@@ -1625,13 +1645,18 @@ def read_prompt(args: Args) -> tuple[str, list[str]]:
     if len(given) > 1:
         raise Failure("--prompt and --prompt-file are both given; pass one of them")
     if args.prompt is not None:
-        return args.prompt, words
+        return argument_text(args.prompt), words
     if args.prompt_file is not None:
         return read_prompt_file(args.prompt_file), words
     if not words:
         raise Failure("there is no prompt", hint="pass it as the last argument, in quotes")
     prompt = words.pop()
-    return (read_prompt_file("-") if prompt == "-" else prompt), words
+    return (read_prompt_file("-") if prompt == "-" else argument_text(prompt)), words
+
+
+def argument_text(word: str) -> str:
+    """Return an argument as the UTF-8 text that it is, in a locale that knows only ASCII too."""
+    return os.fsencode(word).decode("utf-8", "surrogateescape")
 
 
 def check_prompt(prompt: str, strict: bool, console: Console) -> None:
@@ -1671,7 +1696,7 @@ def ask_from_args(args: Args, settings: Settings) -> Ask:
     for field in FIELDS:
         setting = settings.table.get("format" if field.name == "output_format" else field.name)
         if setting and setting.value is not None:
-            options[field.name] = read_setting_field(field, setting)
+            options[field.name] = setting.value
     suffix = os.path.splitext(args.output or "")[1].lstrip(".").lower()
     if suffix in SUFFIX_FORMATS and not args.format:
         options["output_format"] = SUFFIX_FORMATS[suffix]  # -o is a flag: it beats the config
@@ -1686,15 +1711,6 @@ def ask_from_args(args: Args, settings: Settings) -> Ask:
         args.markup,
         args.nearest_size,
     )
-
-
-def read_setting_field(field: Field, setting: Setting) -> Any:
-    """Return an API field that a setting gives; a bad one in a file is a config failure."""
-    try:
-        return read_field(field, setting.value)
-    except ValueError as error:
-        exit_code = EXIT_USAGE if setting.source.startswith("--") else EXIT_CONFIG
-        raise Failure(f"{setting.source}: {error}", exit_code) from None
 
 
 def build_request(ask: Ask, settings: Settings, console: Console) -> Request:
@@ -2169,7 +2185,15 @@ def list_jobs() -> list[str]:
         folder = os.path.join(root, "jobs")
         names = os.listdir(folder) if os.path.isdir(folder) else []
         found += [os.path.join(folder, name) for name in names if JOB_ID.fullmatch(name)]
-    return sorted(found, key=os.path.basename)
+    return sorted(found, key=lambda folder: (os.path.basename(folder)[:16], made_at(folder)))
+
+
+def made_at(folder: str) -> int:
+    """Return when a job was made, in nanoseconds: names tell it to the second only."""
+    try:
+        return os.stat(os.path.join(folder, LOCK)).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def write_record(folder: str, record: dict[str, Any]) -> None:
@@ -2180,13 +2204,26 @@ def write_record(folder: str, record: dict[str, Any]) -> None:
 
 
 def read_record(folder: str) -> dict[str, Any] | None:
-    """Return job.json's object, or None where there is none that can be read."""
+    """Return job.json's object, or None where it can't be read or is not as we write it."""
     try:
         with open(os.path.join(folder, RECORD), "rb") as file:
             record = json.loads(file.read(8 * MEGABYTE))
-    except (OSError, ValueError, RecursionError):
+        pairs = [(name, value) for name, value in record["fields"] if isinstance(name, str)]
+        texts = [record[name] for name in ("command", "endpoint", "hash", "base_url")]
+        read_target(record)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
-    return record if isinstance(record, dict) else None
+    sound = all(isinstance(text, str) for text in texts) and len(pairs) == len(record["fields"])
+    return record if sound else None
+
+
+def read_target(record: dict[str, Any]) -> Target:
+    """Return a job's target. Raises KeyError, TypeError or ValueError for one that is none."""
+    target = Target(**record["target"])
+    texts = (target.folder, target.name, *target.stems)
+    if not target.stems or not all(isinstance(text, str) for text in texts):
+        raise ValueError("not a target")
+    return target._replace(stems=tuple(target.stems), planned=int(target.planned))
 
 
 def job_record(request: Request, target: Target, settings: Settings) -> dict[str, Any]:
@@ -2247,20 +2284,15 @@ def goes_by_file(name: str, text: str) -> bool:
     return name == "prompt" or len(text) > 1000 or bool(re.search("[\x00-\x1f\x7f]", text))
 
 
-def same_target(record: dict[str, Any], target: Target) -> bool:
-    """Return whether a job's pictures go where `target` says."""
-    theirs = record.get("target")
-    if not isinstance(theirs, dict):
-        return False
-    return all(theirs.get(name) == getattr(target, name) for name in ("folder", "name", "stdout"))
-
-
 def same_jobs(request: Request, target: Target, settings: Settings) -> Iterator[Job]:
     """Yield, held, every unfinished job of the same request and target whose script is dead."""
     wanted = request_hash(request)
     for folder in list_jobs():
         record = read_record(folder) if folder[-12:-4] == wanted[:8] else None
-        if not record or record.get("hash") != wanted or not same_target(record, target):
+        if not record or record["hash"] != wanted:
+            continue
+        theirs = read_target(record)
+        if theirs[:2] != target[:2] or theirs.stdout != target.stdout:
             continue
         if record.get("base_url") == settings.base.url and record.get("status") != "set aside":
             job = take_job(folder)
@@ -2467,8 +2499,7 @@ def request_lines(request: Request, settings: Settings, job_id: str) -> list[byt
         lines.append(curl_line("header", f"X-Client-Request-Id: {job_id}"))
     if request.endpoint == "generations":
         lines.append(curl_line("header", "Content-Type: application/json"))
-    if request.get("stream"):
-        lines.append(b"no-buffer\n")
+    lines.append(b"no-buffer\n")  # else up to 4 KB are lost with a curl that is killed
     return lines
 
 
@@ -2773,7 +2804,7 @@ def read_reply(path: str, salvage: bool = False) -> Reply:
 def scan_reply(file: IO[bytes], first: bytes, skeleton: Skeleton, salvage: bool) -> Reply:
     """Scan the rest of an answer and return what it holds."""
     kind = answer_kind(first)
-    excerpt = printable(first[:400].decode("utf-8", "replace"), 200)
+    excerpt = printable(first[:4000].decode("utf-8", "replace"), 4000)
     if kind not in ("json", "events"):
         return Reply(kind, excerpt=excerpt)
     window = first
@@ -2794,7 +2825,8 @@ def scan_reply(file: IO[bytes], first: bytes, skeleton: Skeleton, salvage: bool)
 def parse_json(text: str) -> list[Any]:
     """Return the one JSON value in a text, or nothing for one that is cut, too deep or none."""
     try:
-        return [json.loads(text, strict=False)]  # raw line breaks in base64 are harmless
+        # Raw line breaks in base64 are harmless, and so is a number that no int could hold.
+        return [json.loads(text, strict=False, parse_int=lambda digits: int(digits[:20]))]
     except (ValueError, RecursionError):
         return []
 
@@ -2893,9 +2925,8 @@ def parse_error(value: dict[str, Any]) -> ApiError | None:
     message = error.get("message") or error.get("detail") or error
     text = message if isinstance(message, str) else json.dumps(message)
     code = "" if error.get("code") is None else str(error["code"])
-    return ApiError(
-        printable(code, 80), printable(text, 600), printable(str(error.get("type") or ""), 80)
-    )
+    kind = str(error.get("type") or "")  # cut only after the key is blanked, lest half of it show
+    return ApiError(*(printable(part, 20_000) for part in (code, text, kind)))
 
 
 def span_pieces(file: IO[bytes], span: Span) -> Iterator[bytes]:
@@ -2997,18 +3028,14 @@ def judge(end: CurlEnd, headers: dict[str, str], reply: Reply, settings: Setting
     if status < 200:
         return judge_silence(end, settings)
     if 300 <= status < 400:
-        return refusal(f"HTTP {status}: the server points elsewhere{moved_to(headers)}", status)
+        message = f"HTTP {status}: the server points elsewhere{moved_to(headers)}"
+        failure = Failure(message, EXIT_REFUSED, hint="the base URL is wrong", http_status=status)
+        return Verdict("refused", failure)
     if status < 300:
         return judge_no_image(end, reply, status)
     if status in (408, 409) or status >= 500:
         return judge_server_error(headers, reply, status)
     return judge_refusal(headers, reply, status)
-
-
-def refusal(message: str, status: int, exit_code: int = EXIT_REFUSED, hint: str = "") -> Verdict:
-    """Return the verdict for a request that the server surely didn't serve."""
-    hint = hint or ("the base URL is wrong" if 300 <= status < 400 else "")
-    return Verdict("refused", Failure(message, exit_code, hint=hint, http_status=status))
 
 
 def moved_to(headers: dict[str, str]) -> str:
@@ -3253,7 +3280,7 @@ def is_public(address: str, literal: bool) -> bool:
 
     198.18.0.0/15 is what fake-IP proxies such as Clash give every host (PI-Desktop#867).
     """
-    from ipaddress import IPv6Address, ip_address, ip_network
+    from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
     try:
         ip = ip_address(address)
@@ -3261,10 +3288,12 @@ def is_public(address: str, literal: bool) -> bool:
         return False
     if isinstance(ip, IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour
-        if ip in ip_network("64:ff9b::/96"):
-            inner = ip_address(int(ip) & 0xFFFFFFFF)  # type: ignore[assignment]
+        if any(ip in ip_network(net) for net in ("::/96", "64:ff9b::/96", "64:ff9b:1::/48")):
+            inner = IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner), literal)
+        if ip.is_site_local:
+            return False
     if not literal and ip.version == 4 and ip in ip_network("198.18.0.0/15"):
         return True
     return ip.is_global and not ip.is_multicast
@@ -3967,7 +3996,7 @@ def deliver(
         except Failure as unsent:
             return job_now, Answer(Verdict("unsent", unsent), Reply("empty"), CurlEnd(None), {}, 0)
         watch.look()
-        answer = read_answer(job_now, end, settings, attempt)
+        answer = read_answer(job_now, end, settings, session.console, attempt)
         if isinstance(watch, StreamWatch):
             answer = answer._replace(partials=tuple(watch.partials))
         verdict = answer.verdict
@@ -3988,7 +4017,7 @@ def deliver(
             return job_now, answer._replace(verdict=verdict._replace(failure=failure))
         attempt += 1
         if unsafe:
-            job_now = next_job(job_now, request, settings, session.console)
+            job_now = next_job(job_now, request, target, settings, session.console)
 
 
 def post(job: Job, request: Request, settings: Settings, watch: Watch, session: Session) -> CurlEnd:
@@ -4000,10 +4029,10 @@ def post(job: Job, request: Request, settings: Settings, watch: Watch, session: 
     return run_curl(config, job.path(CURL_LINE), session, watch)
 
 
-def next_job(job: Job, request: Request, settings: Settings, console: Console) -> Job:
+def next_job(
+    job: Job, request: Request, target: Target, settings: Settings, console: Console
+) -> Job:
     """Leave a job of unknown outcome as it is and return a new one for the next attempt."""
-    record = read_record(job.folder) or {}
-    target = Target(**record["target"])
     settle(job, Outcome(request.command, request, job_id=job.id), console)
     return create_job(request, target, settings, console)
 
@@ -4031,7 +4060,12 @@ def await_curl(job: Job, watch: Watch, session: Session) -> CurlEnd:
 
 
 def read_answer(
-    job: Job, end: CurlEnd, settings: Settings, attempts: int, salvage: bool = False
+    job: Job,
+    end: CurlEnd,
+    settings: Settings,
+    console: Console,
+    attempts: int = 1,
+    salvage: bool = False,
 ) -> Answer:
     """Read what an attempt left in the job folder and judge it."""
     try:
@@ -4040,6 +4074,10 @@ def read_answer(
     except OSError:
         headers = {}
     reply = read_reply(job.path(ANSWER), salvage)
+    reply = reply._replace(excerpt=console.scrub(reply.excerpt)[:200])
+    if reply.error:
+        parts = (console.scrub(part) for part in reply.error)
+        reply = reply._replace(error=ApiError(*(printable(part, 600) for part in parts)))
     return Answer(judge(end, headers, reply, settings), reply, end, headers, attempts)
 
 
@@ -4079,7 +4117,8 @@ def settle(job: Job, outcome: Outcome, console: Console) -> Outcome:
         os.path.dirname(picture.path) == job.folder for picture in outcome.pictures
     )
     came = len(answer.reply.images) if answer else 0
-    done = all_saved and len(outcome.pictures) >= came and bool(answer and answer.reply.whole)
+    whole = bool(answer and answer.reply.whole) or not failure
+    done = all_saved and len(outcome.pictures) >= came and whole
     served = not (answer and answer.verdict.kind in ("refused", "unsent"))
     if done or not served:
         remove_job(job)
@@ -4569,22 +4608,10 @@ def start_sandbox(settings: Settings) -> Settings:
 # One function a command, each the pipeline told once.
 
 
-def setting_flags(args: Args) -> SettingFlags:
-    """Return what of the command line concerns the settings."""
-    values = {key: getattr(args, key) for key in SETTINGS}
-    given = {key: value for key, value in values.items() if value is not None}
-    return SettingFlags(given, args.config, bool(args.sandbox), bool(args.allow_private))
-
-
-def load_settings(args: Args, console: Console) -> Settings:
-    """Return the settings in force for a command line."""
-    return resolve_settings(setting_flags(args), dict(os.environ), console)
-
-
 def command_image(args: Args, session: Session) -> int:
     """generate and edit: from the command line to pictures on disk."""
     console = session.console
-    settings = load_settings(args, console)
+    settings = resolve_settings(args, console)
     request = build_request(ask_from_args(args, settings), settings, console)
     target = plan_target(args.output, args.output_dir, request, settings, bool(args.force))
     if target.stdout and console.json:
@@ -4608,7 +4635,7 @@ def command_recover(args: Args, session: Session) -> int:
     folders = list_jobs()
     if args.words or args.last or args.all:
         chosen = choose_jobs(args, folders)
-        settings = load_settings(args, session.console)
+        settings = resolve_settings(args, session.console)
         outcomes = [recover_job(folder, args, settings, session) for folder in chosen]
         return report_recovered(outcomes, settings, session)
     rows = [job_row(folder) for folder in folders]
@@ -4670,6 +4697,9 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
     job, record = take_job(folder), read_record(folder)
     if not job or not record:
         why = "is under way in another process" if os.path.isdir(folder) else "is gone"
+        if job:
+            job.lock.close()
+            why = f"has no record that can be read; what came is in {folder}"
         return empty._replace(failure=Failure(f"job {job_id} {why}", EXIT_UNSAVED))
     if args.no_wait and curl_lives(job):
         job.lock.close()
@@ -4678,7 +4708,7 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
     try:
         request, target, settings = recovered_values(record, args, settings)
         end = await_curl(job, Watch(job.path(ANSWER)), session)
-        answer = read_answer(job, end, settings, 1, salvage=True)
+        answer = read_answer(job, end, settings, session.console, salvage=True)
     except Interrupted as stop:
         return settle(job, empty._replace(failure=stopped(stop.number, True)), session.console)
     except Failure as failure_:
@@ -4693,13 +4723,13 @@ def recovered_values(
     record: dict[str, Any], args: Args, settings: Settings
 ) -> tuple[Request, Target, Settings]:
     """Return request, target and settings of a job as its record tells them."""
+    fields = tuple((name, value) for name, value in record["fields"])
+    request = Request(record["command"], record["endpoint"], fields)
+    target = read_target(record)._replace(stdout=False, force=bool(args.force))
     try:
-        fields = tuple((str(name), value) for name, value in record["fields"])
-        request = Request(str(record["command"]), str(record["endpoint"]), fields)
-        target = Target(**record["target"])._replace(stdout=False, force=bool(args.force))
-        base = parse_base_url(str(record["base_url"]))
-    except (KeyError, TypeError, ValueError):
-        raise Failure("the job's record is broken; its answer is kept", EXIT_UNSAVED) from None
+        base = parse_base_url(record["base_url"])
+    except ValueError:
+        raise Failure("the job's base URL is broken; its answer is kept", EXIT_UNSAVED) from None
     if args.output is not None or args.output_dir is not None:
         target = plan_target(args.output, args.output_dir, request, settings, bool(args.force))
         check_target(target)
@@ -4868,7 +4898,7 @@ def command_config(args: Args, session: Session) -> int:
         raise Failure("config takes one of --init, --show and --check")
     if args.init:
         return init_config(args, session.console)
-    settings = load_settings(args, session.console)
+    settings = resolve_settings(args, session.console)
     if args.show:
         return show_config(args, settings, session.console)
     if settings.sandbox:
@@ -5048,14 +5078,14 @@ def check_models(folder: str, settings: Settings, session: Session) -> str:
         return f"HTTP {end.status}: reachable; the key can't be checked here"
     if end.status == 200:
         return "HTTP 200: reachable, the key is taken"
-    reply = read_reply(body)
+    reply = read_reply(body)._replace(excerpt="")
     verdict = judge(end, {":status": str(end.status)}, reply, settings)
     raise verdict.failure or Failure(f"HTTP {end.status}", EXIT_REFUSED)
 
 
 def command_sandbox(args: Args, session: Session) -> int:
     """sandbox: serve placeholders on loopback until it is stopped."""
-    settings = load_settings(args, session.console)
+    settings = resolve_settings(args, session.console)
     try:
         server = make_sandbox(settings.provider, args.port)
     except OSError as error:
@@ -5073,14 +5103,19 @@ def command_sandbox(args: Args, session: Session) -> int:
 ################################################################################
 # argparse fills in Args; the positional words are sorted out first, wherever they stand.
 
-COMMANDS: dict[str, tuple[Callable[[Args, Session], int], str, str]] = {
-    "generate": (command_image, '"PROMPT" [options]', "make pictures from a prompt"),
-    "edit": (command_image, 'IMAGE... "PROMPT" [options]', "make pictures from pictures"),
-    "recover": (command_recover, "[ID...] [options]", "save what an interrupted call left"),
-    "history": (command_history, "[options]", "what was made and what it cost"),
-    "sizes": (command_sizes, "[SPELLING...]", "named sizes, or what a spelling means"),
-    "config": (command_config, "--init | --show | --check", "write, show or check the settings"),
-    "sandbox": (command_sandbox, "[--port P]", "a local server with placeholder pictures"),
+COMMANDS: dict[str, tuple[str, Callable[[Args, Session], int], str, str]] = {
+    "generate": ("g", command_image, '"PROMPT" [options]', "make pictures from a prompt"),
+    "edit": ("e", command_image, 'IMAGE... "PROMPT" [options]', "make pictures from pictures"),
+    "recover": ("r", command_recover, "[ID...] [options]", "save what an interrupted call left"),
+    "history": ("h", command_history, "[options]", "what was made and what it cost"),
+    "sizes": ("z", command_sizes, "[SPELLING...]", "named sizes, or what a spelling means"),
+    "config": (
+        "c",
+        command_config,
+        "--init | --show | --check",
+        "write, show or check the settings",
+    ),
+    "sandbox": ("x", command_sandbox, "[--port P]", "a local server with placeholder pictures"),
 }
 
 EXAMPLES = {
@@ -5174,7 +5209,7 @@ def make_parser(command: str) -> Any:
         def error(self, message: str) -> Any:
             raise usage_failure(message, self._option_string_actions)
 
-    _, usage, summary = COMMANDS[command]
+    _, _, usage, summary = COMMANDS[command]
     return Parser(
         prog=f"{PROGRAM} {command}",
         usage=f"{PROGRAM} {command} {usage}",
@@ -5278,26 +5313,7 @@ OPTIONS = """
 --verbose      |           | gerczxh | messages | more on stderr
 -h --help | | gerczxh | messages | show this
 """
-LETTERS = {
-    "generate": "g",
-    "edit": "e",
-    "recover": "r",
-    "history": "h",
-    "config": "c",
-    "sizes": "z",
-    "sandbox": "x",
-}
-GROUPS = (
-    "image",
-    "pictures",
-    "output",
-    "jobs",
-    "history",
-    "config",
-    "sandbox",
-    "connection",
-    "messages",
-)
+LETTERS = {name: row[0] for name, row in COMMANDS.items()}
 READERS: dict[str, Callable[[str], Any]] = {
     "param": read_param,
     "mask_box": read_mask_box,
@@ -5322,7 +5338,7 @@ def option_reader(dest: str, kind: str) -> Callable[[str], Any]:
     """Return the function that reads an option's value."""
     field = next((field for field in FIELDS if field.dest == dest), None)
     if field:
-        return lambda text: read_field(field, text)
+        return read_as(field.name)
     if ".." in kind:
         return read_number(kind)
     if dest in READERS:
@@ -5334,19 +5350,20 @@ def option_reader(dest: str, kind: str) -> Callable[[str], Any]:
 def build_parser(command: str) -> Any:
     """Return the parser of one subcommand; no other is built."""
     parser = make_parser(command)
-    rows = list(option_rows(command))
-    for title in GROUPS:
-        group = parser.add_argument_group(title)
-        for _, names, kind, dest, text in (row for row in rows if row[0] == title):
-            if not kind:
-                group.add_argument(*names, action="store_const", const=True, help=text)
-                continue
-            action = "append" if dest in ("param", "image") else "store"
-            metavar = "|".join(kind.split())
-            reader = typed(option_reader(dest, kind))
-            group.add_argument(
-                *names, action=action, dest=dest, metavar=metavar, type=reader, help=text
-            )
+    groups: dict[str, Any] = {}
+    for title, names, kind, dest, text in option_rows(command):
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        if not kind:
+            group.add_argument(*names, action="store_const", const=True, help=text)
+            continue
+        group.add_argument(
+            *names,
+            action="append" if dest in ("param", "image") else "store",
+            dest=dest,
+            metavar="|".join(kind.split()),
+            type=typed(option_reader(dest, kind)),
+            help=text,
+        )
     return parser
 
 
@@ -5371,7 +5388,7 @@ def overview() -> str:
     """Return what --help shows without a command."""
     lines = [f"usage: {PROGRAM} COMMAND [options]", ""]
     lines += [f"{(__doc__ or '').splitlines()[0]}", "", "commands:"]
-    lines += [f"  {name:10} {row[2]}" for name, row in COMMANDS.items()]
+    lines += [f"  {name:10} {row[3]}" for name, row in COMMANDS.items()]
     lines += ["", "first picture, no key needed:"]
     lines += [f'  {PROGRAM} generate "a cat on a windowsill" --sandbox', ""]
     return "\n".join([*lines, f"{PROGRAM} COMMAND --help shows a command's options."])
@@ -5402,7 +5419,7 @@ def run(argv: list[str], session: Session) -> int:
         digest=bool(console.json or args.sidecar),
         sidecar=bool(args.sidecar),
     )
-    return COMMANDS[args.command][0](args, session)
+    return COMMANDS[args.command][1](args, session)
 
 
 def before_dashes(argv: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ plays it and prints what was seen as Markdown, for the README.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import shutil
@@ -138,6 +139,16 @@ class Stage(Case):
         spare = (self.tmp / "tmp").glob("gpt-image-2-*/jobs/*")
         return self.jobs() + sorted(spare)
 
+    def aged(self, job: Path, days: float) -> Path:
+        """Return a job folder made to look so many days old."""
+        then = time.time() - days * 86400
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(then))
+        old = job.rename(job.with_name(stamp + job.name[16:]))
+        record = json.loads((old / "job.json").read_text(encoding="utf-8"))
+        text = json.dumps({**record, "started": then})
+        (old / "job.json").write_text(text, encoding="utf-8")
+        return old
+
     def answered(self) -> int:
         """Return how many bytes of answers are in the job folders."""
         sizes = []
@@ -164,6 +175,16 @@ class Stage(Case):
             self.skipTest("needs /proc to find curl's process")
         self.wait_until(lambda: len(self.processes("curl")) == 1)
         return self.processes("curl")[0]
+
+    def holds_lock(self, process: subprocess.Popen[bytes]) -> bool:
+        """Return whether a process has a job's lock open, which recover has while it waits."""
+        if not all_processes():
+            self.skipTest("needs /proc to see what a process has open")
+        opened = []
+        for descriptor in Path(f"/proc/{process.pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                opened.append(os.readlink(descriptor))
+        return any(name.endswith("/lock") for name in opened)
 
     def hear(self, tool: subprocess.Popen[bytes], text: str, timeout: float = 20) -> None:
         """Wait until a running tool has said something on stderr; finish() gives that back."""
@@ -348,16 +369,16 @@ def meanwhile(act: Callable[[Stage], object], argv: Sequence[Argument], *picture
     """Play a call during whose answer something else happens."""
 
     def play(stage: Stage) -> Run:
-        stage.serve_base(halves(answer(*(pictures or [FIRST])), lambda: act(stage)))
+        reply = answer(*(pictures or [FIRST]))
+        stage.serve_base(in_two(reply, len(reply.body) // 2, lambda: act(stage)))
         return stage.run_tool(*argv)
 
     return play
 
 
-def halves(reply: Reply, *between: Chunk) -> Reply:
-    """Return a reply that comes in two halves, with something between them."""
-    middle = len(reply.body) // 2
-    return reply._replace(chunks=[reply.body[:middle], *between, reply.body[middle:]])
+def in_two(reply: Reply, at: int, between: Chunk) -> Reply:
+    """Return a reply that comes in two parts, with something between them."""
+    return reply._replace(chunks=[reply.body[:at], between, reply.body[at:]])
 
 
 def cut_in(reply: Reply, picture: bytes) -> Reply:
@@ -684,11 +705,13 @@ def mid_answer(number: int, *, finishes: bool) -> Play:
     return play
 
 
-def held_mid_answer(stage: Stage) -> tuple[subprocess.Popen[bytes], threading.Event]:
+def held_mid_answer(
+    stage: Stage, *more: Argument
+) -> tuple[subprocess.Popen[bytes], threading.Event]:
     """Return a call that has two of three pictures, and the Event that lets the third come."""
-    release, middle = threading.Event(), middle_of(THREE, THIRD)
-    stage.serve_base(THREE._replace(chunks=[THREE.body[:middle], release, THREE.body[middle:]]))
-    tool = stage.start_tool(*FOXES)
+    release = threading.Event()
+    stage.serve_base(in_two(THREE, middle_of(THREE, THIRD), release))
+    tool = stage.start_tool(*FOXES, *more)
     stage.wait_until(lambda: stage.answered() > 0)
     return tool, release
 

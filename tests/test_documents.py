@@ -9,6 +9,7 @@ its first picture:
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -109,6 +110,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+@functools.lru_cache(maxsize=None)
 def help_text(command: str) -> str:
     """Return what `COMMAND --help` prints."""
     argv = [sys.executable, str(SCRIPT), command, "--help"]
@@ -116,9 +118,7 @@ def help_text(command: str) -> str:
     return done.stdout.decode()
 
 
-OPTIONS_BLOCK = re.compile(
-    r"(<!-- options:(\w+) -->\n)(.*?)(<!-- /options:\2 -->)", re.DOTALL
-)
+OPTIONS_BLOCK = re.compile(r"(<!-- options:(\w+) -->\n)(.*?)(<!-- /options:\2 -->)", re.DOTALL)
 
 
 def with_help_texts(text: str) -> str:
@@ -131,7 +131,9 @@ def with_help_texts(text: str) -> str:
 def parsed(command_line: str) -> None:
     """Pass one shell line to the tool's own parser. Raises Failure for what it refuses."""
     words = shlex.split(command_line.partition(" | ")[0])
-    start = next(i for i, word in enumerate(words) if re.search(r"gpt_image2\.py$|^gpt-image2$", word))
+    start = next(
+        i for i, word in enumerate(words) if re.search(r"gpt_image2\.py$|^gpt-image2$", word)
+    )
     gpt_image2.parse_arguments(words[start + 1 :])
 
 
@@ -147,8 +149,8 @@ class TestShellExamples(Case):
         (work / "gpt_image2.py").symlink_to(SCRIPT)
         (work / "prompt.txt").write_text("a harbour at dawn\n")
         for picture in ("room.png", "input.png", "fruit/apple.png", "fruit/pear.png"):
-            (work / picture).write_bytes(png(640, 480))
-        (work / "mask.png").write_bytes(png(640, 480, hole=(10, 10, 200, 200)))
+            (work / picture).write_bytes(png(1024, 768))
+        (work / "mask.png").write_bytes(png(1024, 768, hole=(10, 10, 200, 200)))
         quoted = {"python": shlex.quote(sys.executable), "script": shlex.quote(str(SCRIPT))}
         for program in ("python3", "gpt-image2"):
             (programs / program).write_text(WRAPPER.format(**quoted))
@@ -181,6 +183,7 @@ class TestShellExamples(Case):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=60,
+            check=False,
         )
         ended = Path(env["CALLS"]).read_text().splitlines()
         if len(ended) == len(run) and all(line.startswith("0 ") for line in ended):
@@ -214,7 +217,8 @@ class TestShellExamples(Case):
         example = work / f"example.{suffix}"
         example.write_text(block.text.replace("{baseDir}", "."))
         argv = [program, example.name]
-        done = subprocess.run(argv, cwd=work, env=env, stdout=subprocess.PIPE, timeout=60, check=True)
+        done = subprocess.run(argv, cwd=work, env=env, capture_output=True, timeout=60, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
         path, *size = done.stdout.decode().rsplit(maxsplit=2)
         self.assertEqual(size, ["1024", "1024"])
         self.assertEqual(Path(path).read_bytes()[:4], b"\x89PNG")
@@ -228,6 +232,25 @@ class TestShellExamples(Case):
     def test_the_node_example_runs(self) -> None:
         (block,) = blocks(SKILL, "js")
         self.run_program(block, shutil.which("node") or "node", "js")
+
+    def test_each_template_asks_for_the_variable_that_is_told(self) -> None:
+        tables = rows(section(README, "Keys and relays"))
+        starts = [row for row in tables if "config --init" in row[1]]
+        self.assertEqual(len(starts), 5)
+        for user, command, then in starts:
+            with self.subTest(user):
+                path = self.tmp / f"{user}.json"
+                words = shlex.split(command.strip("`"))[1:]
+                self.check(self.run_tool(*words, "--config", path), 0)
+                written = json.loads(path.read_text())
+                settings = written.get("profiles", {}).get(written.get("profile"), written)
+                self.assertIn(f"export {settings['api_key_env']}=", then)
+
+    def test_the_config_file_is_what_is_shown(self) -> None:
+        for words in ([], ["--profile", "openai-hk"]):
+            self.check(self.run_tool("config", "--init", *words), 0)
+        path = self.config / "gpt-image-2" / "config.json"
+        self.assertEqual(json.loads(path.read_text()), json.loads(blocks(README, "json")[0].text))
 
     def test_the_first_picture_is_what_the_first_command_draws(self) -> None:
         text = README.read_text(encoding="utf-8")
@@ -266,8 +289,10 @@ class TestJsonExamples(Case):
 
     def test_the_dry_run_has_the_fields_that_are_listed(self) -> None:
         run = self.check(self.run_tool("generate", "a fox", "--dry-run", "--json"), 0)
-        sentence = re.search(r"`--dry-run --json` has the object `dry_run` with (.*?) instead",
-                             one_line(prose(README)))
+        sentence = re.search(
+            r"`--dry-run --json` has the object `dry_run` with (.*?) instead",
+            one_line(prose(README)),
+        )
         assert sentence
         self.assertEqual(set(re.findall("`(.+?)`", sentence[1])), set(run.json["dry_run"]))
 
@@ -305,12 +330,14 @@ class TestTables(unittest.TestCase):
         self.assertLessEqual(raised, set(real))
 
     def test_error_codes_of_the_api(self) -> None:
-        quoted = re.search(r"the API's own code where it sent one \((.*?)\)", one_line(prose(README)))
+        quoted = re.search(
+            r"the API's own code where it sent one \((.*?)\)", one_line(prose(README))
+        )
         assert quoted
         self.assertLessEqual(set(re.findall("`(.+?)`", quoted[1])), set(gpt_image2.API_ERRORS))
 
     def test_sizes(self) -> None:
-        real = [[row[0], row[1], *("%dx%d" % size for size in row[2:])] for row in gpt_image2.SIZES]
+        real = [[row[0], row[1], *map(gpt_image2.size_text, row[2:])] for row in gpt_image2.SIZES]
         self.assertEqual(rows(section(README, "Sizes")), real)
         skill = one_line(prose(SKILL))
         for row in gpt_image2.SIZES:
@@ -319,7 +346,9 @@ class TestTables(unittest.TestCase):
     def test_settings(self) -> None:
         told = [row[0].strip("`") for row in rows(section(README, "Settings"))]
         self.assertEqual(sorted(told), sorted(gpt_image2.SETTINGS))
-        for name, default in ((row[0].strip("`"), row[1]) for row in rows(section(README, "Settings"))):
+        for name, default in (
+            (row[0].strip("`"), row[1]) for row in rows(section(README, "Settings"))
+        ):
             real = gpt_image2.SETTINGS[name][1]
             if isinstance(real, (int, bool)):
                 self.assertEqual(default, json.dumps(real), name)
@@ -330,12 +359,6 @@ class TestTables(unittest.TestCase):
         for place in gpt_image2.config_places(env):
             name = f"`{place.replace(home, '~').replace(chr(92), '/')}`"
             self.assertIn(name, section(README, "Settings"))
-
-    def test_providers_with_a_template(self) -> None:
-        section_ = section(README, "Keys and relays")
-        for provider in gpt_image2.PROVIDERS.values():
-            if provider.template:
-                self.assertIn(dict(provider.template)["api_key_env"], section_)
 
     def test_estimates(self) -> None:
         for quality, *cells in rows(section(README, "Cost and time")):
@@ -363,6 +386,7 @@ class TestTables(unittest.TestCase):
                 self.assertLessEqual(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", quoted)), known)
 
 
+@functools.lru_cache(maxsize=None)
 def estimate(size: str, quality: str) -> str:
     """Return what --dry-run estimates for the README's cat."""
     argv = ["generate", "a cat on a windowsill", "-s", size, "--quality", quality, "--dry-run"]

@@ -7,7 +7,6 @@ import shutil
 import stat
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import Callable
 
@@ -23,11 +22,6 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def days_ago(days: float) -> str:
-    """Return the beginning of a job id of so many days ago."""
-    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() - days * 86400))
-
-
 class TestJobFolder(Stage):
     """One folder a request, made before anything is sent."""
 
@@ -37,14 +31,6 @@ class TestJobFolder(Stage):
         self.check(self.run_tool(*FOX, *options), 8)
         (job,) = self.jobs()
         return job
-
-    def aged(self, job: Path, days: float) -> Path:
-        """Return a job folder made to look as old as that."""
-        old = job.rename(job.with_name(days_ago(days) + job.name[16:]))
-        record = json.loads((old / "job.json").read_text())
-        record["started"] = time.time() - days * 86400
-        (old / "job.json").write_text(json.dumps(record))
-        return old
 
     def test_is_there_and_told_before_the_post(self) -> None:
         release = threading.Event()
@@ -130,7 +116,11 @@ class TestJobFolder(Stage):
         self.assertRegex(last, "^Recover: .* recover " + self.jobs()[0].name + "$")
         shell = ["sh", "-c", last[len("Recover: ") :]]
         done = subprocess.run(
-            shell, env=self.env, cwd=self.home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False
+            shell,
+            env=self.env,
+            cwd=self.home,
+            capture_output=True,
+            check=False,
         )
         self.assertEqual(done.returncode, 9, self.story(run))
         (saved,) = Run([], 9, done.stdout, "").saved

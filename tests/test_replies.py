@@ -152,7 +152,7 @@ class TestReadReply(ReplyCase):
             sizes = source.choices((1, 2, 3, 50, 1000), k=2)
             pictures = [bytes(source.choices(range(256), k=size)) for size in sizes]
             entries = [f'{{"b64_json": "{random_dress(source, p)}"}}' for p in pictures]
-            self.buffers(source.randint(8, 80), source.choice((0, 16, 100)))
+            self.buffers(source.randint(8, 80), source.choice((10, 16, 100)))
             with self.subTest(number):
                 reply = self.read(f'\n{{"data": [{", ".join(entries)}], "usage": {{"a": 1}}}}')
                 self.assertEqual(self.pictures(reply), pictures)
@@ -364,11 +364,9 @@ class TestInspectPicture(unittest.TestCase):
             b"<!-- made by > a <svg> maker -->\n<!-- twice -->\n<svg",
             b'<?xml version="1.0"?><!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "a.dtd">\n<svg',
             b'<svg xmlns="http://www.w3.org/2000/svg" width="100%" height="100%"',
-            b"<SVG",
         ):
             with self.subTest(head):
-                close = tail.replace(b"svg>", b"SVG>") if head == b"<SVG" else tail
-                self.assertEqual(look(head + close), PictureInfo("svg", 40, 30, True, True))
+                self.assertEqual(look(head + tail), PictureInfo("svg", 40, 30, True, True))
 
     def test_what_is_no_picture(self) -> None:
         drawing = svg(40, 30)
