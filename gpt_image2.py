@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import time
+from stat import S_ISDIR
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, NamedTuple, Sequence, Tuple
 
 __version__ = "0.1.0"
@@ -605,7 +606,7 @@ class Console:
 
     def keep_secret(self, secret: str) -> None:
         """Blank this text, in all its spellings, in whatever is printed from now on."""
-        if len(secret) >= 4:
+        if len(secret) >= 8:  # a shorter one guards nothing, and stands in any text
             self.secrets += secret_forms(secret)
 
     def scrub(self, text: str) -> str:
@@ -875,22 +876,26 @@ def draw_mask(width: int, height: int, box: tuple[int, int, int, int]) -> bytes:
     """Return a PNG of an opaque black picture with one transparent box (x, y, width, height)."""
     left, top, box_width, box_height = box
     solid = b"\0" + b"\0\0\0\xff" * width
-    holed = bytearray(solid)
-    holed[1 + 4 * left : 1 + 4 * (left + box_width)] = bytes(4 * box_width)
-    rows = solid * top + bytes(holed) * box_height + solid * (height - top - box_height)
-    return encode_png(width, height, 6, rows)
+    edge = 1 + 4 * left
+    holed = solid[:edge] + bytes(4 * box_width) + solid[edge + 4 * box_width :]
+    inside = range(top, top + box_height)
+    return encode_png(width, height, 6, (holed if y in inside else solid for y in range(height)))
 
 
-def encode_png(width: int, height: int, color_type: int, rows: bytes, level: int = 6) -> bytes:
-    """Return a PNG of 8-bit rows, each led by its filter byte."""
+def encode_png(
+    width: int, height: int, color_type: int, rows: Iterable[bytes], level: int = 6
+) -> bytes:
+    """Return a PNG of 8-bit rows, each led by its filter byte; they are never all in memory."""
     from struct import pack
-    from zlib import compress, crc32
+    from zlib import compressobj, crc32
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return pack(">I", len(data)) + kind + data + pack(">I", crc32(kind + data))
 
     header = pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", compress(rows, level)), chunk(b"IEND", b""))
+    packer = compressobj(level)
+    data = b"".join(map(packer.compress, rows)) + packer.flush()
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", data), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -1388,7 +1393,8 @@ def resolve_base(table: dict[str, Setting], env: dict[str, str]) -> Setting:
     except ValueError as error:
         shown = "" if "@" in setting.value else f" {setting.value!r}"
         message = f"{setting.source}: the base URL{shown} is not usable: {error}"
-        raise Failure(message, EXIT_USAGE) from None
+        exit_code = EXIT_USAGE if setting.source.startswith("--") else EXIT_CONFIG
+        raise Failure(message, exit_code) from None
 
 
 def clean_key(raw: str, source: str) -> str:
@@ -1440,17 +1446,22 @@ def layer_key(name: str, layer: dict[str, Any], env: dict[str, str], console: Co
     return ""
 
 
+def origin_of(url: str) -> tuple[str, str, int]:
+    """Return the origin of a base URL; one that can't be read is equal to none."""
+    try:
+        return parse_base_url(url).origin
+    except ValueError:
+        return ("", "?", 0)
+
+
 def layer_origin(index: int, layers: Sequence[Layer]) -> tuple[str, str, int]:
     """Return the origin that a file layer's keys belong to: its base URL's, or OpenAI's."""
     for _, layer in layers[index:]:
         provider = PROVIDERS.get(str(layer.get("provider")))
         url = layer.get("base_url") or (provider.base_url if provider else "")
         if url:
-            try:
-                return parse_base_url(str(url)).origin
-            except ValueError:
-                return ("", "", 0)
-    return parse_base_url(OPENAI_URL).origin
+            return origin_of(str(url))
+    return origin_of(OPENAI_URL)
 
 
 def choose_key(
@@ -1481,13 +1492,29 @@ def choose_key(
     key = layer_key("environment", {k: v for k, v in own.items() if v}, env, console)
     if key:
         return key, "GPT_IMAGE2_API_KEY"
-    pair = parse_base_url(env.get("OPENAI_BASE_URL") or OPENAI_URL)
-    key = clean_key(env.get("OPENAI_API_KEY", ""), "$OPENAI_API_KEY")
-    if key and pair.origin == base.origin:
-        return key, "OPENAI_API_KEY"
+    pair = origin_of(env.get("OPENAI_BASE_URL") or OPENAI_URL)
+    key = env.get("OPENAI_API_KEY", "").strip()
+    if key and pair == base.origin:
+        return clean_key(key, "$OPENAI_API_KEY"), "OPENAI_API_KEY"
     if key:
-        kept = kept or f"OPENAI_API_KEY belongs to {pair.host} and is not sent to {base.host}"
+        kept = kept or f"OPENAI_API_KEY belongs to {pair[1]} and is not sent to {base.host}"
     return None, kept or "no API key is set"
+
+
+def own_headers(
+    setting: Setting, base: BaseUrl, files: list[Layer], console: Console
+) -> dict[str, str]:
+    """Return the extra headers, less a file's secret ones where the host is not that file's."""
+    headers: dict[str, str] = setting.value
+    for index, (name, layer) in enumerate(files):
+        if layer.get("headers") is not None:
+            if layer_origin(index, files) == base.origin:
+                return headers
+            secret = [header for header in headers if SECRET_NAMES.search(header)]
+            if secret:
+                console.warn(f"{', '.join(secret)} of {name} belong to another host; not sent")
+            return {header: text for header, text in headers.items() if header not in secret}
+    return headers
 
 
 def resolve_settings(args: Args, console: Console) -> Settings:
@@ -1518,7 +1545,7 @@ def resolve_settings(args: Args, console: Console) -> Settings:
         provider,
         key,
         source,
-        headers=tuple(table["headers"].value.items()),
+        headers=tuple(own_headers(table["headers"], base, files, console).items()),
         auth_header=table["auth_header"].value or provider.auth_header,
         table=table,
         sandbox=bool(args.sandbox),
@@ -1562,7 +1589,8 @@ def check_connection(settings: Settings) -> None:
     if "your-resource" in base.host:
         raise config_failure(f"{base.host} is the template's", "put your resource into base_url")
     allow_http = settings.table["allow_http"].value
-    if base.scheme == "http" and settings.key and not base.loopback and not allow_http:
+    secret = settings.key or any(SECRET_NAMES.search(name) for name, _ in settings.headers)
+    if base.scheme == "http" and secret and not base.loopback and not allow_http:
         raise Failure(f"{base.url} would get the key in clear text; use https or --allow-http")
     for name in ("proxy", "cacert"):
         value = settings.table[name].value
@@ -2096,6 +2124,14 @@ def private_file(path: str, data: bytes = b"") -> None:
         file.write(data)
 
 
+def remove_file(path: str) -> None:
+    """Remove a file that may not be there."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
 def try_lock(path: str) -> IO[bytes] | None:
     """Return the open, locked file, or None while another process holds it.
 
@@ -2136,8 +2172,10 @@ def spare_root() -> str:
 
 
 def not_ours(info: os.stat_result) -> bool:
-    """Return whether a file belongs to another user, where there are users."""
-    return hasattr(os, "getuid") and info.st_uid != os.getuid()
+    """Return whether a folder is another user's or open to others, where there are users."""
+    if not hasattr(os, "getuid"):
+        return False
+    return info.st_uid != os.getuid() or bool(info.st_mode & 0o077) or not S_ISDIR(info.st_mode)
 
 
 def usable_root(root: str, private: bool) -> int:
@@ -2149,7 +2187,7 @@ def usable_root(root: str, private: bool) -> int:
         os.makedirs(root, 0o700, exist_ok=True)  # the mode is for the last folder only
         os.makedirs(os.path.join(root, "jobs"), 0o700, exist_ok=True)
         info = os.lstat(root)
-        if private and (info.st_mode & 0o077 or os.path.islink(root) or not_ours(info)):
+        if private and not_ours(info):
             return 0
         with tempfile.TemporaryFile(dir=os.path.join(root, "jobs")) as file:
             file.write(b"room for the request")
@@ -2178,14 +2216,24 @@ def jobs_folder(console: Console, pictures: int = 0) -> str:
     return os.path.join(spare, "jobs")
 
 
-def list_jobs() -> list[str]:
-    """Return every job folder, oldest first."""
+def job_folders() -> list[str]:
+    """Return every job folder, oldest first, those without a record too."""
     found = []
     for root in (state_root(), spare_root()):
         folder = os.path.join(root, "jobs")
-        names = os.listdir(folder) if os.path.isdir(folder) else []
+        try:
+            if root == spare_root() and not_ours(os.lstat(root)):
+                continue
+            names = os.listdir(folder)
+        except OSError:
+            continue
         found += [os.path.join(folder, name) for name in names if JOB_ID.fullmatch(name)]
     return sorted(found, key=lambda folder: (os.path.basename(folder)[:16], made_at(folder)))
+
+
+def list_jobs() -> list[str]:
+    """Return every job, oldest first; a folder without a record is none (yet, or any more)."""
+    return [path for path in job_folders() if os.path.exists(os.path.join(path, RECORD))]
 
 
 def made_at(folder: str) -> int:
@@ -2262,6 +2310,7 @@ def create_job(request: Request, target: Target, settings: Settings, console: Co
             private_file(job.path(name))  # curl would make them 0644
         write_record(folder, record)
     except OSError as error:
+        remove_folder(folder)
         raise Failure(f"cannot keep the job in {folder}: {os_reason(error)}") from None
     return job
 
@@ -2356,21 +2405,34 @@ def set_status(job: Job, status: str) -> None:
 
 
 def remove_job(job: Job) -> None:
-    """Remove a job whose pictures are all saved, or that was surely not served."""
+    """Remove a job whose pictures are all saved, or that was surely not served.
+
+    The record goes first: without it a folder is dead for everybody, should we be killed here.
+    """
+    remove_file(job.path(RECORD))
+    job.lock.close()
+    remove_folder(job.folder)
+
+
+def remove_folder(folder: str) -> None:
+    """Remove a folder and what is in it, as far as that can be done."""
     from shutil import rmtree
 
-    rmtree(job.folder, ignore_errors=True)
-    job.lock.close()
+    rmtree(folder, ignore_errors=True)
 
 
 def blank_secrets(job: Job, console: Console) -> None:
-    """Overwrite every echo of the key in the files of a job that stays, byte for byte."""
-    for name in (ANSWER, HEADERS):
+    """Overwrite every echo of the key in the files of a job that stays, byte for byte.
+
+    In the answer only what is too long to stand in a picture's base64 by chance.
+    """
+    for name in os.listdir(job.folder):
         for secret in console.secrets:
-            try:
-                blank_in_file(job.path(name), secret.encode("utf-8", "surrogateescape"))
-            except OSError:
-                continue
+            if name.endswith(HEADERS) or (name == ANSWER and len(secret) >= 12):
+                try:
+                    blank_in_file(job.path(name), secret.encode("utf-8", "surrogateescape"))
+                except OSError:
+                    continue
 
 
 def blank_in_file(path: str, secret: bytes) -> None:
@@ -2392,9 +2454,9 @@ def blank_in_file(path: str, secret: bytes) -> None:
 
 
 def sweep_jobs() -> None:
-    """Remove jobs that ended without a byte, a week after they began."""
+    """Remove what ended without a byte, and what never became a job, a week after it began."""
     oldest = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() - 86400 * KEEP_EMPTY_DAYS))
-    for folder in list_jobs():
+    for folder in job_folders():
         if os.path.basename(folder)[:16] >= oldest:
             break
         job = take_job(folder)
@@ -2402,6 +2464,8 @@ def sweep_jobs() -> None:
             remove_job(job)
         elif job:
             job.lock.close()
+        elif not os.path.exists(os.path.join(folder, RECORD)):
+            remove_folder(folder)
 
 
 ################################################################################
@@ -2554,19 +2618,20 @@ def find_curl() -> str:
     from shutil import which
 
     system = os.path.join(os.environ.get("SYSTEMROOT", ""), "System32", "curl.exe")
-    path = system if os.name == "nt" and os.path.isfile(system) else which("curl")
+    places = filter(os.path.isabs, os.environ.get("PATH", os.defpath).split(os.pathsep))
+    path = which("curl", path=os.pathsep.join(places))
+    path = system if os.name == "nt" and os.path.isfile(system) else path
     if not path:
         raise Failure("curl is not installed", EXIT_CONFIG, code="curl_missing", hint="install it")
     return os.path.abspath(path)
 
 
 def curl_environment(secrets: Sequence[str]) -> dict[str, str]:
-    """Return the environment for curl: no variable that holds a key, no TLS secrets to a file."""
-    dropped = ("SSLKEYLOGFILE", "OPENAI_API_KEY", "GPT_IMAGE2_API_KEY")
+    """Return the environment for curl: no variable that names or holds a key (SSLKEYLOGFILE too)."""
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in dropped and not any(secret in value for secret in secrets)
+        if not SECRET_NAMES.search(name) and not any(secret in value for secret in secrets)
     }
     return {**kept, "LC_ALL": "C"}
 
@@ -2594,6 +2659,7 @@ def run_curl(
     except Interrupted as stop:
         stopped = stop.number
         errors = stop_curl(process, session, watch)
+        SIGNALS.number = 0  # CurlEnd carries it now; an answer that came all the same is saved
     status, sent = read_curl_line(line_path)
     message = session.console.scrub(printable(errors.decode("utf-8", "replace"), 300))
     seconds = time.monotonic() - started
@@ -2643,6 +2709,8 @@ def wait_for_curl(process: Any, session: Session, watch: Watch, limit: float) ->
             except subprocess.TimeoutExpired:
                 if limit:
                     raise
+                if SIGNALS.number:
+                    raise Interrupted(SIGNALS.number) from None
                 progress.tick(watch.look())
     finally:
         progress.stop()
@@ -2863,7 +2931,8 @@ def reply_from_documents(kind: str, documents: list[Any], skeleton: Skeleton) ->
 
 def image_sources(value: dict[str, Any], skeleton: Skeleton) -> list[ImageSource]:
     """Return the pictures of one JSON value: `data` as documented, or a relay's own place."""
-    entries: Any = next((value[k] for k in ("data", "images", "image_urls") if value.get(k)), value)
+    alone = [] if parse_error(value) else value  # an error may name a page to read, too
+    entries: Any = next((value[k] for k in ("data", "images", "image_urls") if value.get(k)), alone)
     if isinstance(entries, dict) and entries is not value and "data" in entries:
         entries = entries["data"]
     found = []
@@ -3256,7 +3325,7 @@ def check_host(host: str, port: int, settings: Settings) -> str | None:
         try:
             entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            return None  # curl will say so, and be tried again
+            raise link_failure(f"{printable(host, 100)} can't be resolved") from None
         found = sorted({str(entry[4][0]).partition("%")[0] for entry in entries}, key=len)
     for address in found:
         if not is_public(address, bool(literal)):
@@ -3383,14 +3452,6 @@ def fetch(
         return end, parse_headers(file.read(MEGABYTE))
 
 
-def remove_file(path: str) -> None:
-    """Remove a file that may not be there."""
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
-
-
 ################################################################################
 # Saving
 ################################################################################
@@ -3446,13 +3507,21 @@ def write_picture(
             os.fsync(file.fileno())  # the answer is removed after this: it must be on the disk
             size = file.seek(0, os.SEEK_END)
             info = check_picture(inspect_picture(file))
-        os.chmod(temporary, session.mode)
+        open_to_others(temporary, session.mode)
         path = publish(temporary, name(FORMATS[info.format][0][0]), force)
     finally:
         remove_file(temporary)
     sync_folder(folder)
     sha = digest.hexdigest() if digest else ""
     return Picture(path, size, info.format, info.width, info.height, sha)
+
+
+def open_to_others(path: str, mode: int) -> None:
+    """Give a file the mode that the umask leaves; some file systems have no modes."""
+    try:
+        os.chmod(path, mode)
+    except OSError:
+        pass
 
 
 def check_picture(info: PictureInfo | None) -> PictureInfo:
@@ -3505,16 +3574,21 @@ class Saving(NamedTuple):
     pictures: tuple[Picture, ...]
     problems: tuple[Failure, ...]
     fallbacks: int = 0  # saved in the job folder, as their own couldn't take them
+    stopped: int = 0  # the signal that ended it early
 
 
 def save_pictures(
     reply: Reply, job: Job, request: Request, target: Target, settings: Settings, session: Session
 ) -> Saving:
     """Save every picture of an answer, each reported at once; a bad one stops no other."""
-    pictures, problems, fallbacks = [], [], 0
+    pictures: list[Picture] = []
+    problems: list[Failure] = []
+    fallbacks = 0
     for index, source in enumerate(reply.images):
         try:
             picture = save_picture(index, source, job, target, settings, session)
+        except Interrupted as stop:
+            return Saving(tuple(pictures), tuple(problems), fallbacks, stop.number)
         except (Failure, OSError, ValueError) as error:
             problems.append(picture_problem(index, error))
             session.console.error(f"{PROGRAM}: {problems[-1]}")
@@ -3729,8 +3803,9 @@ def estimate_cost(request: Request, settings: Settings) -> Cost | None:
     if not known or not out or settings.sandbox:
         return None
     partials = request.get("partial_images", 0) if request.get("stream") else 0
+    partials = partials if isinstance(partials, int) else 0
     text_in = len(str(request.get("prompt"))) // 4 + 1
-    each = Tokens(text_in, 0, 0, out + PARTIAL_TOKENS * int(partials or 0))
+    each = Tokens(text_in, 0, 0, out + PARTIAL_TOKENS * partials)
     return Cost(token_cost(each, known[0]) * request.total, known[1], True)
 
 
@@ -3939,7 +4014,7 @@ def write_sidecars(outcome: Outcome, entry: dict[str, Any], session: Session) ->
         temporary = f"{picture.path}.{os.urandom(4).hex()}.part"
         try:
             private_file(temporary, session.console.scrub(text).encode("ascii"))
-            os.chmod(temporary, session.mode)
+            open_to_others(temporary, session.mode)
             os.replace(temporary, f"{picture.path}.json")
         except OSError as error:
             remove_file(temporary)
@@ -3951,9 +4026,9 @@ def append_history(entry: dict[str, Any], console: Console) -> None:
     path = os.path.join(state_root(), HISTORY)
     line = console.scrub(json.dumps(entry, ensure_ascii=True)) + "\n"
     try:
-        handle = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-        os.write(handle, line.encode("ascii"))
-        os.close(handle)
+        flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY
+        with open(os.open(path, flags, 0o600), "ab", buffering=0) as file:
+            file.write(line.encode("ascii"))
     except OSError as error:
         console.warn(f"cannot write {path}: {os_reason(error)}")
 
@@ -4017,7 +4092,12 @@ def deliver(
             return job_now, answer._replace(verdict=verdict._replace(failure=failure))
         attempt += 1
         if unsafe:
-            job_now = next_job(job_now, request, target, settings, session.console)
+            try:
+                spare = create_job(request, target, settings, session.console)
+            except Failure:
+                return job_now, answer
+            settle(job_now, Outcome(request.command, request), session.console)
+            job_now = spare
 
 
 def post(job: Job, request: Request, settings: Settings, watch: Watch, session: Session) -> CurlEnd:
@@ -4025,16 +4105,10 @@ def post(job: Job, request: Request, settings: Settings, watch: Watch, session: 
     if SIGNALS.number:
         raise stopped(SIGNALS.number, False, unsent=True)
     config = post_config(job, request, settings)
+    for name in (ANSWER, HEADERS):  # curl empties its output with the first byte only
+        os.truncate(job.path(name), 0)
     SIGNALS.sent = True
     return run_curl(config, job.path(CURL_LINE), session, watch)
-
-
-def next_job(
-    job: Job, request: Request, target: Target, settings: Settings, console: Console
-) -> Job:
-    """Leave a job of unknown outcome as it is and return a new one for the next attempt."""
-    settle(job, Outcome(request.command, request, job_id=job.id), console)
-    return create_job(request, target, settings, console)
 
 
 def too_long(verdict: Verdict) -> Verdict:
@@ -4089,7 +4163,7 @@ def save_answer(
     assert answer and request, "deliver comes first"
     if answer.verdict.failure and not answer.reply.images:
         failure = answer.verdict.failure
-        if answer.end.signal:
+        if answer.end.signal and answer.verdict.kind == "unknown":
             failure = stopped(answer.end.signal, bool(job.answer_size()))
         return outcome._replace(failure=failure)
     saving = save_pictures(answer.reply, job, request, target, settings, session)
@@ -4098,6 +4172,8 @@ def save_answer(
 
 def saving_failure(saving: Saving, asked: int) -> Failure | None:
     """Return the failure where not every picture is saved where it was asked for."""
+    if saving.stopped:
+        return stopped(saving.stopped, True)
     came = len(saving.pictures) + len(saving.problems)
     if not saving.pictures:
         return Failure(f"none of {came} pictures could be saved; the answer is kept", EXIT_UNSAVED)
@@ -4225,11 +4301,7 @@ def dry_run_document(request: Request, target: Target, settings: Settings) -> di
     estimate = estimate_cost(request, settings)
     name = settings.auth_header.partition(":")[0]
     parts = form_files(request, settings.image_field)
-    suffix = (
-        FORMATS[str(request.get("output_format", "png"))][0][0]
-        if (request.get("output_format", "png") in FORMATS)
-        else "png"
-    )
+    suffix = FORMATS.get(str(request.get("output_format")), FORMATS["png"])[0][0]
     paths = ["-"] if target.stdout else [target.path(i, suffix) for i in range(target.planned)]
     return {
         "endpoint": f"{settings.base.url}/images/{request.endpoint}",
@@ -4420,7 +4492,7 @@ def paint_placeholder(width: int, height: int, prompt: str, shade: int = 0) -> b
     if short >= 48:
         canvas.frame(short // 24, 1 + short // 500, white_tint(0.4))
     write_words(canvas, prompt)
-    return encode_png(width, height, 2, bytes(canvas.data), 1)
+    return encode_png(width, height, 2, [bytes(canvas.data)], 1)
 
 
 class SandboxRequest(NamedTuple):
@@ -4570,7 +4642,10 @@ def make_sandbox(provider: Provider, port: int) -> Any:
                 self.send_json(*api_error(400, f"Unreadable request: {error}", "invalid_request"))
                 return
             origin = f"http://{self.headers['Host']}"
-            status, answer = sandbox_answer(asked, provider, origin, stored)
+            try:
+                status, answer = sandbox_answer(asked, provider, origin, stored)
+            except (TypeError, ValueError) as error:
+                status, answer = api_error(400, f"Invalid value: {error}", "invalid_value")
             if status == 200 and str(asked.fields.get("stream", "")).lower() == "true":
                 self.send_body(200, "text/event-stream", sandbox_events(asked, answer))
             else:
@@ -4673,7 +4748,7 @@ def job_row(folder: str) -> dict[str, Any]:
     """Return what the list shows of one job."""
     record = read_record(folder) or {}
     job = take_job(folder)
-    size = os.path.getsize(os.path.join(folder, ANSWER)) if job else 0
+    size = job.answer_size() if job else 0
     state = f"answer, {size // 1024 + 1} KB" if size else "no answer"
     if job is None or curl_lives(job):
         state = "under way"
@@ -4711,9 +4786,9 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
         answer = read_answer(job, end, settings, session.console, salvage=True)
     except Interrupted as stop:
         return settle(job, empty._replace(failure=stopped(stop.number, True)), session.console)
-    except Failure as failure_:
+    except Failure as fault:
         job.lock.close()
-        return empty._replace(failure=failure_, recover_id=job_id)
+        return empty._replace(failure=fault, recover_id=job_id)
     outcome = empty._replace(request=request, answer=answer)
     outcome = finish_job(job, outcome, target, settings, session)
     return outcome._replace(failure=recover_failure(outcome))
@@ -4735,7 +4810,8 @@ def recovered_values(
         check_target(target)
     if base.origin != settings.base.origin:
         settings = settings._replace(key=None)
-    return request, target, settings._replace(base=base)
+    sandbox, provider = bool(record.get("sandbox")), find_provider(base.host)
+    return request, target, settings._replace(base=base, provider=provider, sandbox=sandbox)
 
 
 def recover_failure(outcome: Outcome) -> Failure | None:
@@ -4965,6 +5041,7 @@ def init_config(args: Args, console: Console) -> int:
 
 def write_config(path: str, config: dict[str, Any]) -> None:
     """Write a config file that only its owner can read, whole or not at all."""
+    path = os.path.realpath(path)  # a link into somebody's dotfiles stays one
     temporary = f"{path}.{os.urandom(4).hex()}"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -5450,6 +5527,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure = stopped(stop.number, False, unsent=not SIGNALS.sent)
     except Failure as caught:
         failure = caught
+    except OSError as error:  # the current folder is gone, say
+        failure = Failure(os_reason(error), EXIT_REFUSED)
     if console.json:
         console.document(outcome_document(Outcome(command, failure=failure), None, console))
     console.error(f"{PROGRAM}: {failure}")

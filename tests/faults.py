@@ -95,7 +95,6 @@ class Stage(Case):
         super().setUp()
         self.heard: dict[int, bytes] = {}
         self.repair: Callable[[], object] = lambda: None
-        self.base = self.work
 
     def play(self, fault: Fault) -> Seen:
         """Play a fault, then recover what was kept; the whole world is looked over at the end."""

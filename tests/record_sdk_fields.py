@@ -52,7 +52,7 @@ def values(hint: Any) -> Iterator[Any]:
 
 
 def endpoint_fields(module_name: str, class_name: str) -> dict[str, dict[str, Any]]:
-    """Return the fields of one endpoint; streaming and not are two types that differ in `stream`."""
+    """Return the fields of one endpoint; its two types differ in the value of `stream`."""
     module = importlib.import_module(f"{PACKAGE}.types.{module_name}")
     found = dict(fields(getattr(module, f"{class_name}NonStreaming")))
     streaming = dict(fields(getattr(module, f"{class_name}Streaming")))

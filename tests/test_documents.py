@@ -182,7 +182,7 @@ class TestShellExamples(Case):
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         ended = Path(env["CALLS"]).read_text().splitlines()
@@ -217,7 +217,9 @@ class TestShellExamples(Case):
         example = work / f"example.{suffix}"
         example.write_text(block.text.replace("{baseDir}", "."))
         argv = [program, example.name]
-        done = subprocess.run(argv, cwd=work, env=env, capture_output=True, timeout=60, check=False)
+        done = subprocess.run(
+            argv, cwd=work, env=env, capture_output=True, timeout=120, check=False
+        )
         self.assertEqual(done.returncode, 0, done.stderr.decode())
         path, *size = done.stdout.decode().rsplit(maxsplit=2)
         self.assertEqual(size, ["1024", "1024"])

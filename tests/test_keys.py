@@ -9,7 +9,7 @@ from typing import Any, Mapping, NamedTuple, Sequence
 from urllib.parse import quote
 
 from tests.pictures import png
-from tests.support import Api, Case, Reply, Run, answer, page, refusal
+from tests.support import Api, Case, Reply, Run, answer, refusal
 
 OPENAI = "https://api.openai.com/v1"
 RELAY = "https://relay.example/v1"
@@ -47,7 +47,8 @@ class Told(NamedTuple):
     @property
     def url(self) -> str:
         """Where it was to go."""
-        return re.findall('^url = "(.*)"$', self.config, re.MULTILINE)[0]
+        [url] = re.findall('^url = "(.*)"$', self.config, re.MULTILINE)
+        return str(url)
 
     @property
     def key(self) -> str | None:
@@ -265,9 +266,11 @@ class TestLoopback(KeyCase):
 
     def test_not_even_another_ports(self) -> None:
         neighbour = self.serve(otherwise=answer(png(8, 8)))
-        self.configure(base_url=neighbour.base_url, api_key=FILE_KEY)
+        headers = {"X-Auth-Token": PROFILE_KEY, "X-Team": "foxes"}
+        self.configure(base_url=neighbour.base_url, api_key=FILE_KEY, headers=headers)
         self.generate("--base-url", self.api.base_url)
         self.assertIsNone(self.bearer(self.api))
+        self.assertNotIn(PROFILE_KEY, str(self.api))
         self.no_request(neighbour)
 
 
@@ -337,15 +340,7 @@ class TestSources(KeyCase):
         self.assertEqual(self.bearer(self.api), f"Bearer {ENV_KEY}")
 
     def test_keys_are_undressed(self) -> None:
-        dresses = (
-            " {}\r\n",
-            '"{}"',
-            "'{}'\n",
-            "Bearer {}",
-            "bearer  {}",
-            "\ufeff{}",
-            '"Bearer {}"',
-        )
+        dresses = (" '{}'\r\n", "Bearer {}", "bearer  {}", '\ufeff"Bearer {}"')
         for dress in dresses:
             with self.subTest(dress):
                 self.generate("--base-url", self.api.base_url, "--api-key", dress.format(FLAG_KEY))
@@ -406,20 +401,17 @@ class TestNeverShown(KeyCase):
         self.assertEqual(holders, [])
 
     def test_by_no_command(self) -> None:
-        api = self.serve(answer(png(8, 8)), answer(png(8, 8)))
+        api = self.serve(answer(png(8, 8)))
         proxy = f"http://fox:{FLAG_KEY}@proxy.example"
         headers = {"X-Auth-Token": PROFILE_KEY}
         self.configure(base_url=api.base_url, api_key=ODD_KEY, headers=headers, proxy=proxy)
         secrets = (ODD_KEY, PROFILE_KEY, FLAG_KEY)
         for words in (
             "generate fox --verbose",
-            "generate fox --json",
             "generate fox --dry-run --verbose",
             "generate fox --dry-run --verbose --json",
             "config --show",
-            "config --show --json",
             "config --check --verbose",
-            "config --check --json",
         ):
             with self.subTest(words):
                 self.assert_hidden(self.check(self.run_tool(*words.split()), 0), *secrets)
@@ -433,7 +425,6 @@ class TestNeverShown(KeyCase):
             (4, refusal(401, "invalid_api_key", f"Incorrect API key: {echo}", headers=header)),
             (1, refusal(400, echo, echo, type=echo, param=echo)),
             (8, refusal(500, "server_error", echo, headers=header)),
-            (8, page(502, echo)),
             (8, answer(echo=echo)),
             (8, Reply(200, echo.encode())),
             (1, Reply(302, headers=[("Location", f"https://relay.example/?key={ODD_KEY}")])),
