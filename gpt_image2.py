@@ -54,7 +54,13 @@ MAX_INPUT_BYTES = 50 * MEGABYTE  # each image of an edit (SDK)
 MAX_INPUT_IMAGES = 16  # SDK
 MASK_WARN_BYTES = 4 * MEGABYTE  # SDK says below 4 MB, the guide below 50
 # How long a picture takes: the old skill's page and new-api#4920.
-USUAL_TIMES = {"low": "10 to 70 s", "medium": "50 to 120 s", "high": "2 to 5 min"}
+USUAL_TIMES = {
+    "gpt-image-2.6-flare": "8 to 12 s",
+    "low": "10 to 70 s",
+    "medium": "50 to 120 s",
+    "high": "2 to 5 min",
+    "auto": "10 s to 5 min",
+}
 MAX_DOWNLOAD_BYTES = 100 * MEGABYTE
 MAX_PROMPT_CHARACTERS = 32_000  # SDK
 ANSWER_BYTES = 40 * MEGABYTE  # what one 4K picture in base64 may take in an answer
@@ -217,7 +223,7 @@ background         | --background | auto opaque transparent | ge | transparent: 
 moderation         | --moderation        | auto low | ge | how strict the content policy is
 complexity         | --complexity        | low medium high | ge | 2.6 only
 frame_count        | --frame-count       | 2..16    | ge | gif only
-frame_duration_ms  | --frame-duration-ms | 1..60000 | ge | gif only
+frame_duration_ms  | --frame-duration-ms | 1..655350 | ge | gif only
 svg.model          | --svg-model         | NAME     | ge | the model that writes the svg
 svg.reasoning.effort|--svg-effort|none minimal low medium high xhigh max|ge|how long it may think
 safety_identifier  | --safety-identifier | ID       | ge | a stable id of your end user
@@ -982,9 +988,10 @@ def parse_size(spelling: str) -> tuple[int, int] | None:
     names = {row[1]: row[2:] for row in SIZES}
     if text.lower() == "auto":
         return None
+    tier = -1 if at and not tier_name else tier
     if tier >= 0 and ratio and int(ratio[1]) and int(ratio[2]):
         return ratio_size(int(ratio[1]), int(ratio[2]), tier)
-    if tier >= 0 and (not at or tier_name) and shape.lower() in names:
+    if tier >= 0 and shape.lower() in names:
         return names[shape.lower()][tier]
     known = [*names, *TIERS, *(row[0] for row in SIZES), "auto"]
     raise ValueError(
@@ -1066,8 +1073,8 @@ def read_prices(value: Any) -> dict[str, Any]:
     for row in (prices, *(row for row in prices.values() if isinstance(row, dict))):
         for name, amount in row.items():
             number = isinstance(amount, (int, float)) and not isinstance(amount, bool)
-            if name != "currency" and not isinstance(amount, dict) and not number:
-                raise ValueError(f"{printable(name)!r} is no number")
+            if name != "currency" and not isinstance(amount, dict) and not (number and amount >= 0):
+                raise ValueError(f"{printable(name)!r} is no price")
     return prices
 
 
@@ -1829,7 +1836,9 @@ def field_rules(
     transparent = options.get("background") == "transparent"
     svg_names = [name for name in options if name.startswith("svg.")]
     frames = "frame_count" in options or "frame_duration_ms" in options
+    moving = format_ in ("gif", "svg")
     yield transparent and format_ == "jpeg", "refuse", "jpeg can't be transparent; use png or webp"
+    yield transparent and moving, "strict", f"{format_} can't be transparent; use png or webp"
     yield (
         transparent and family == "2",
         "warn",
@@ -1840,7 +1849,6 @@ def field_rules(
         "strict",
         f"--compression is for jpeg and webp, not {format_}",
     )
-    moving = format_ in ("gif", "svg")
     yield moving and bool(options.get("stream")), "strict", f"{format_} can't be streamed"
     yield frames and format_ != "gif", "strict", "--frame-count and its like need --format gif"
     yield bool(svg_names) and format_ != "svg", "strict", "--svg-model and its like need -f svg"
@@ -1863,6 +1871,11 @@ def field_rules(
         "input_fidelity" in options and family in ("2", "2.5", "2.6"),
         "strict",
         "gpt-image-2 and later refuse input_fidelity",
+    )
+    yield (
+        options.get("input_fidelity") == "high" and family == "1-mini",
+        "strict",
+        "gpt-image-1-mini takes input_fidelity low only",
     )
 
 
@@ -2284,6 +2297,7 @@ def job_record(request: Request, target: Target, settings: Settings) -> dict[str
         "files": [[file.field, file.path, file.sha256] for file in request.files],
         "hash": request_hash(request),
         "base_url": settings.base.url,
+        "provider": settings.provider.name,
         "target": target._asdict(),
         "started": time.time(),
         "pid": os.getpid(),
@@ -2627,7 +2641,7 @@ def find_curl() -> str:
 
 
 def curl_environment(secrets: Sequence[str]) -> dict[str, str]:
-    """Return the environment for curl: no variable that names or holds a key (SSLKEYLOGFILE too)."""
+    """Return the environment for curl: no variable that names or holds a key, or TLS secrets."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -2899,15 +2913,26 @@ def parse_json(text: str) -> list[Any]:
         return []
 
 
+def event_blocks(text: str) -> list[str]:
+    """Return the events of a stream's text, each with its lines."""
+    return re.split(r"\r?\n\r?\n", text)
+
+
 def parse_events(text: str) -> list[Any]:
-    """Return the JSON values of an event stream's data, in order; what is no JSON is skipped."""
+    """Return the JSON values of an event stream's data, in order; what is no JSON is skipped.
+
+    An event's name stands in for a `type` that its data lacks.
+    """
     found = []
-    for block in re.split(r"\r?\n\r?\n", text):
+    for block in event_blocks(text):
         data = re.findall(r"^data:[ ]?(.*?)\r?$", block, re.M)
-        values = parse_json("\n".join(data))
-        if re.search(r"^event: ?error", block, re.M) and values and "error" not in values[0]:
-            values = [{"error": values[0]}]
-        found += values
+        name = re.search(r"^event:[ ]?(.*?)\r?$", block, re.M)
+        for value in parse_json("\n".join(data)):
+            if name and isinstance(value, dict):
+                value = {"type": name[1], **value}
+                if name[1] == "error" and "error" not in value:
+                    value = {"error": value}
+            found.append(value)
     return found
 
 
@@ -2924,9 +2949,24 @@ def reply_from_documents(kind: str, documents: list[Any], skeleton: Skeleton) ->
             continue
         images += image_sources(value, skeleton)
         error = error or parse_error(value)
-        usage = value["usage"] if isinstance(value.get("usage"), dict) else usage
+        if isinstance(value.get("usage"), dict):
+            usage = add_usage(usage or {}, value["usage"])
     whole = bool(documents) if kind == "json" else bool(images)
     return Reply(kind, tuple(images), error, usage, whole)
+
+
+def add_usage(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return two usage objects added up: a stream tells each picture's own."""
+    total = dict(first)
+    for name, value in second.items():
+        before = first.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            total[name] = add_usage(before, value)
+        elif isinstance(value, (int, float)) and isinstance(before, (int, float)):
+            total[name] = before + value
+        else:
+            total[name] = value
+    return total
 
 
 def image_sources(value: dict[str, Any], skeleton: Skeleton) -> list[ImageSource]:
@@ -2967,12 +3007,12 @@ PICTURE_STRING = re.compile(r'"(?:b64_json|url)"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
 
 def salvage_images(text: str, skeleton: Skeleton) -> tuple[ImageSource, ...]:
-    """Return the complete pictures in a cut answer; partial previews of a stream are none."""
+    """Return the complete pictures in a cut answer; of a stream only what says that it is one."""
     found = []
-    for line in text.splitlines() if skeleton.lines else [text]:
-        if "partial_image" in line:
+    for block in event_blocks(text) if skeleton.lines else [text]:
+        if skeleton.lines and ("partial_image" in block or ".completed" not in block):
             continue
-        for match in PICTURE_STRING.finditer(line):
+        for match in PICTURE_STRING.finditer(block):
             name = match[0][1:].partition('"')[0]
             for value in parse_json(f'{{"{name}": "{match[1]}"}}'):
                 source = image_source(value, skeleton)
@@ -3627,6 +3667,10 @@ def save_picture(
         return send_to_stdout(picture)._replace(revised_prompt=source.revised_prompt)
     try:
         picture = write_picture(pieces, target.folder, planned_name, target.force, session)
+    except Failure:
+        if downloaded:  # kept raw, under a name that no later fetch would go on from
+            os.replace(downloaded, f"{downloaded}.raw")
+        raise
     except OSError as error:
         where = f"{target.folder}: {os_reason(error)}"
         session.console.warn(f"cannot write in {where}; the picture is kept in {job.folder}")
@@ -3656,7 +3700,8 @@ def check_against_request(
     suffix = os.path.splitext(target.name)[1].lstrip(".").lower()
     asked = SUFFIX_FORMATS.get(suffix) if suffix else request.get("output_format")
     if (asked or suffix) and asked != picture.format and not settings.sandbox:
-        console.warn(f"{name} holds {picture.format}, not {asked or suffix}; its name is kept")
+        kept = "; its name is kept" if target.name else ""
+        console.warn(f"{name} holds {picture.format}, not {asked or suffix} as asked{kept}")
     planned = os.path.join(target.folder, target.name)
     beside = os.path.dirname(picture.path) == target.folder and picture.path != planned
     if target.name and target.planned == 1 and beside and os.path.lexists(planned):
@@ -3747,13 +3792,20 @@ def read_usage(usage: dict[str, Any] | None) -> Tokens | None:
     return Tokens(total_in - image_in, image_in, cached, out, total) if total else None
 
 
+def priced(tokens: Tokens) -> bool:
+    """Return whether it is known of which kind the tokens are."""
+    return bool(tokens.text_in or tokens.image_in or tokens.out)
+
+
 def price_of(model: str, settings: Settings) -> tuple[Price, str] | None:
     """Return the price of a model's tokens and its currency, the config's `prices` first."""
     own = settings.prices or {}
     row = own.get(model) if isinstance(own.get(model), dict) else own
     if isinstance(row, dict) and row.get("out") is not None:
-        amounts = [float(row.get(name, 0)) for name in Price._fields]
-        return Price(*amounts), str(own.get("currency", row.get("currency", "USD")))
+        text_in, image_in = float(row.get("text_in", 0)), float(row.get("image_in", 0))
+        cached = (row.get("text_cached", text_in), row.get("image_cached", image_in))
+        price = Price(text_in, float(cached[0]), image_in, float(cached[1]), float(row["out"]))
+        return price, str(row.get("currency", own.get("currency", "USD")))
     if settings.provider.name == "openai-hk":
         return HK_PRICE, settings.provider.currency
     known = MODELS.get(model)
@@ -3924,7 +3976,8 @@ def make_watch(request: Request, job: Job, target: Target, session: Session) -> 
         watch: Watch = StreamWatch(job, target, session)
     else:
         watch = Watch(job.path(ANSWER))
-    watch.usual = USUAL_TIMES.get(str(request.get("quality")), "")
+    usual = USUAL_TIMES.get(str(request.get("quality", "auto")), "")
+    watch.usual = USUAL_TIMES.get(str(request.get("model")), usual)
     return watch
 
 
@@ -3960,7 +4013,7 @@ def finish_job(
     """Save what an answer holds, put it on record, and let the job go if nothing is left in it."""
     try:
         outcome = save_answer(outcome, job, target, settings, session)
-        keep_record(outcome, settings, session)
+        keep_record(outcome, target.force, settings, session)
     except Interrupted as stop:
         outcome = outcome._replace(failure=stopped(stop.number, True))
     except OSError as error:
@@ -3974,15 +4027,17 @@ def answer_cost(outcome: Outcome, settings: Settings) -> Cost | None:
     answer, request = outcome.answer, outcome.request
     if settings.sandbox or not answer or not request:
         return None
-    header = answer.headers.get("x-litellm-response-cost", "")
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", header):
-        return Cost(float(header), "USD")
     tokens = read_usage(answer.reply.usage)
     known = price_of(str(request.get("model")), settings)
-    return Cost(token_cost(tokens, known[0]), known[1]) if tokens and known else None
+    header = answer.headers.get("x-litellm-response-cost", "")
+    if not settings.prices and re.fullmatch(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", header):
+        return Cost(float(header), "USD")
+    if not tokens or not known or not priced(tokens):
+        return None
+    return Cost(token_cost(tokens, known[0]), known[1])
 
 
-def keep_record(outcome: Outcome, settings: Settings, session: Session) -> None:
+def keep_record(outcome: Outcome, force: bool, settings: Settings, session: Session) -> None:
     """Write the sidecars and the history line of what was served, before its job goes."""
     answer, request = outcome.answer, outcome.request
     if not answer or not request or answer.verdict.kind in ("refused", "unsent"):
@@ -4002,12 +4057,12 @@ def keep_record(outcome: Outcome, settings: Settings, session: Session) -> None:
         "outcome": answer.verdict.kind,
     }
     if session.sidecar:
-        write_sidecars(outcome, {**entry, "request": payload(request)}, session)
+        write_sidecars(outcome, {**entry, "request": payload(request)}, force, session)
     if settings.history and not settings.sandbox:
         append_history(entry, session.console)
 
 
-def write_sidecars(outcome: Outcome, entry: dict[str, Any], session: Session) -> None:
+def write_sidecars(outcome: Outcome, entry: dict[str, Any], force: bool, session: Session) -> None:
     """Write PICTURE.json beside each picture; a fault is a warning, as the picture is there."""
     for picture in outcome.pictures:
         text = json.dumps({**entry, "picture": picture._asdict()}, indent=1)
@@ -4015,10 +4070,13 @@ def write_sidecars(outcome: Outcome, entry: dict[str, Any], session: Session) ->
         try:
             private_file(temporary, session.console.scrub(text).encode("ascii"))
             open_to_others(temporary, session.mode)
-            os.replace(temporary, f"{picture.path}.json")
+            path = publish(temporary, f"{picture.path}.json", force)
+            if path != f"{picture.path}.json":
+                session.console.warn(f"{picture.path}.json appeared meanwhile; wrote {path}")
         except OSError as error:
-            remove_file(temporary)
             session.console.warn(f"cannot write {picture.path}.json: {os_reason(error)}")
+        finally:
+            remove_file(temporary)
 
 
 def append_history(entry: dict[str, Any], console: Console) -> None:
@@ -4026,9 +4084,12 @@ def append_history(entry: dict[str, Any], console: Console) -> None:
     path = os.path.join(state_root(), HISTORY)
     line = console.scrub(json.dumps(entry, ensure_ascii=True)) + "\n"
     try:
-        flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY
-        with open(os.open(path, flags, 0o600), "ab", buffering=0) as file:
-            file.write(line.encode("ascii"))
+        flags = os.O_CREAT | os.O_APPEND | os.O_RDWR
+        with open(os.open(path, flags, 0o600), "a+b", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            torn = file.read(1) not in (b"", b"\n")  # somebody was killed here
+            file.write(b"\n" * torn + line.encode("ascii"))
     except OSError as error:
         console.warn(f"cannot write {path}: {os_reason(error)}")
 
@@ -4163,8 +4224,9 @@ def save_answer(
     assert answer and request, "deliver comes first"
     if answer.verdict.failure and not answer.reply.images:
         failure = answer.verdict.failure
-        if answer.end.signal and answer.verdict.kind == "unknown":
-            failure = stopped(answer.end.signal, bool(job.answer_size()))
+        sent = answer.verdict.kind == "unknown"
+        if answer.end.signal and (sent or answer.verdict.retry):
+            failure = stopped(answer.end.signal, bool(job.answer_size()), not sent)
         return outcome._replace(failure=failure)
     saving = save_pictures(answer.reply, job, request, target, settings, session)
     return outcome._replace(pictures=saving.pictures, failure=saving_failure(saving, request.total))
@@ -4239,7 +4301,8 @@ def report(outcome: Outcome, settings: Settings, session: Session) -> int:
         console.document(outcome_document(outcome, cost, console))
     if failure:
         console.error(f"{PROGRAM}: {failure}")
-    if outcome.recover_id and outcome.command != "recover":
+    again = outcome.command != "recover" or bool(failure and failure.code == "interrupted")
+    if outcome.recover_id and again:  # a recover that found nothing finds nothing next time
         console.error(f"Recover: {recover_command(outcome.recover_id)}")
     return failure.exit_code if failure else EXIT_OK
 
@@ -4545,6 +4608,8 @@ def sandbox_refusal(
         return api_error(
             400, "Missing required parameter: 'prompt'.", "missing_parameter", "prompt"
         )
+    if request.endpoint == "edits" and not request.first_size and "images" not in fields:
+        return api_error(400, "Missing required parameter: 'image'.", "missing_parameter", "image")
     try:
         size = parse_size(str(fields.get("size", "auto")))
     except ValueError:
@@ -4785,7 +4850,8 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
         end = await_curl(job, Watch(job.path(ANSWER)), session)
         answer = read_answer(job, end, settings, session.console, salvage=True)
     except Interrupted as stop:
-        return settle(job, empty._replace(failure=stopped(stop.number, True)), session.console)
+        failure = stopped(stop.number, bool(job.answer_size()))
+        return settle(job, empty._replace(failure=failure), session.console)
     except Failure as fault:
         job.lock.close()
         return empty._replace(failure=fault, recover_id=job_id)
@@ -4810,7 +4876,8 @@ def recovered_values(
         check_target(target)
     if base.origin != settings.base.origin:
         settings = settings._replace(key=None)
-    sandbox, provider = bool(record.get("sandbox")), find_provider(base.host)
+    sandbox = bool(record.get("sandbox"))
+    provider = PROVIDERS.get(str(record.get("provider")), find_provider(base.host))
     return request, target, settings._replace(base=base, provider=provider, sandbox=sandbox)
 
 
@@ -4866,17 +4933,41 @@ def clean_jobs(args: Args, console: Console) -> int:
 
 
 def read_history(oldest: float) -> list[dict[str, Any]]:
-    """Return the history's entries since a time in seconds, oldest first; torn lines are passed."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(oldest))
-    found = []
+    """Return the history's entries since a time in seconds, oldest first; torn lines are passed.
+
+    Lines of one job are one entry: what recover brought out lies over what the call had said.
+    """
+    found: dict[str, dict[str, Any]] = {}
     try:
         with open(os.path.join(state_root(), HISTORY), "rb") as file:
-            for line in file:
-                found += parse_json(line.decode("utf-8", "replace"))
+            for number, line in enumerate(file):
+                for value in parse_json(line.decode("utf-8", "replace")):
+                    entry = sound_entry(value)
+                    if entry:
+                        job_id = str(entry.get("job_id") or number)
+                        before = found.get(job_id, {"paths": [], "cost": None})
+                        paths = dict.fromkeys(before["paths"] + entry["paths"])
+                        cost = entry["cost"] or before["cost"]
+                        found[job_id] = {**entry, "paths": list(paths), "cost": cost}
     except OSError:
         pass  # there is none yet
-    entries = [entry for entry in found if isinstance(entry, dict) and entry.get("time")]
-    return sorted((e for e in entries if str(e["time"]) >= stamp), key=lambda e: str(e["time"]))
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(oldest))
+    entries = [entry for entry in found.values() if entry["time"] >= stamp]
+    return sorted(entries, key=lambda entry: str(entry["time"]))
+
+
+def sound_entry(value: Any) -> dict[str, Any] | None:
+    """Return a line of the history with its cost and paths in the form that we know, or None."""
+    if not isinstance(value, dict) or not isinstance(value.get("time"), str):
+        return None
+    cost, paths = value.get("cost"), value.get("paths")
+    amount = cost.get("amount") if isinstance(cost, dict) else None
+    if isinstance(amount, (int, float)) and isinstance(cost.get("currency"), str):  # type: ignore[union-attr]
+        cost = {"amount": amount, "currency": cost["currency"], "estimated": False}  # type: ignore[index]
+    else:
+        cost = None
+    paths = [path for path in paths if isinstance(path, str)] if isinstance(paths, list) else []
+    return {**value, "cost": cost, "paths": paths}
 
 
 def history_totals(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -4889,7 +4980,7 @@ def history_totals(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
             key, {"model": key[0], "currency": key[1], "calls": 0, "pictures": 0, "amount": 0.0}
         )
         row["calls"] += 1
-        row["pictures"] += len(entry.get("paths") or [])
+        row["pictures"] += len(entry["paths"])
         row["amount"] += cost.get("amount") or 0.0
     return [totals[key] for key in sorted(totals)]
 
@@ -4916,13 +5007,12 @@ def command_history(args: Args, session: Session) -> int:
         ]
         price = str(Cost(**cost)) if cost else "-"
         prompt = printable(str(entry.get("prompt")), 40)
-        pictures = len(entry.get("paths") or [])
-        console.emit(f"{'  '.join(map(str, words))}  {pictures}  {price}  {prompt}")
+        line = f"{'  '.join(map(str, words))}  {len(entry['paths'])}  {price}  {prompt}"
+        console.emit(UNPRINTABLE.sub(" ", line))
     for row in totals:
         price = f", {Cost(row['amount'], row['currency'])}" if row["currency"] else ""
-        console.emit(
-            f"total {row['model']}: {row['pictures']} pictures in {row['calls']} calls{price}"
-        )
+        total = f"{row['model']}: {row['pictures']} saved, calls: {row['calls']}{price}"
+        console.emit(UNPRINTABLE.sub(" ", f"total {total}"))
     return EXIT_OK
 
 
@@ -5145,7 +5235,8 @@ def check_key(settings: Settings) -> str:
 def check_models(folder: str, settings: Settings, session: Session) -> str:
     """Ask GET {base}/models, which costs nothing, whether server and key are good."""
     check_connection(settings)
-    body, head = os.path.join(folder, "models.json"), os.path.join(folder, "headers.txt")
+    body, head = os.path.join(folder, "models.json"), os.path.join(folder, HEADERS)
+    private_file(head)
     url = f"{settings.base.url}/models"
     lines = [*connection_lines(settings, url, settings.base.host), *key_lines(settings)]
     lines += [curl_line("output", body), curl_line("dump-header", head)]
@@ -5155,9 +5246,13 @@ def check_models(folder: str, settings: Settings, session: Session) -> str:
         return f"HTTP {end.status}: reachable; the key can't be checked here"
     if end.status == 200:
         return "HTTP 200: reachable, the key is taken"
-    reply = read_reply(body)._replace(excerpt="")
-    verdict = judge(end, {":status": str(end.status)}, reply, settings)
-    raise verdict.failure or Failure(f"HTTP {end.status}", EXIT_REFUSED)
+    with open(head, "rb") as file:
+        headers = parse_headers(file.read(MEGABYTE))
+    verdict = judge(end, headers, read_reply(body)._replace(excerpt=""), settings)
+    if verdict.failure and verdict.kind != "unknown":
+        raise verdict.failure
+    words = CURL_EXITS.get(end.code or 0, CurlExit(f"HTTP {end.status}")).sentence
+    raise Failure(f"GET {url}: {words}", EXIT_REFUSED if end.status else EXIT_NETWORK)
 
 
 def command_sandbox(args: Args, session: Session) -> int:

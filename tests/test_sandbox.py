@@ -135,7 +135,7 @@ class TestSandboxServer(Case):
         self.assertIn("gpt-image-2", listed)
         error = self.post(base, model="gpt-image-2", prompt="a fox", colour="red")["error"]
         self.assertEqual((error["code"], error["param"]), ("unknown_parameter", "colour"))
-        self.assertIn("error", self.post(base, model="gpt-image-2"))
+        self.assertIn("error", list(self.post(base, model="gpt-image-2")))
         stream = self.curl(
             "-d", '{"prompt": "a fox", "stream": true}', f"{base}/images/generations"
         )
@@ -164,8 +164,8 @@ class TestSandboxServer(Case):
             (["-d", "{}"], "/no/such"),
         ):
             with self.subTest(argv=argv, path=path):
-                self.assertIn("error", json.loads(self.curl(*argv, base + path)))
-        self.assertIn("data", self.post(base, prompt="a fox", size="1024x1024"))
+                self.assertIn("error", list(json.loads(self.curl(*argv, base + path))))
+        self.assertIn("data", list(self.post(base, prompt="a fox", size="1024x1024")))
 
     @unittest.skipUnless(os.path.exists("/proc/net/tcp"), "Linux only")
     def test_it_listens_on_loopback_only(self) -> None:

@@ -21,6 +21,7 @@ from tests.support import (
     Reply,
     Run,
     answer,
+    b64,
     completed_event,
     event_stream,
     in_pieces,
@@ -117,6 +118,7 @@ class WhileItComes(StreamCase):
         early = sse(partial_event(FIRST))
         assert isinstance(early, bytes)
         pieces: list[Chunk] = [early[at : at + 1] for at in range(len(early))]
+        pieces.insert(2, lambda: time.sleep(0.8))  # so long that the tool looks at these two
         self.serve_base(Reply(headers=STREAM, chunks=[*pieces, finish, completed_bytes()]))
         tool = self.start()
         self.stderr_until(tool, "Partial: ")
@@ -258,10 +260,21 @@ class WithoutAnEnd(StreamCase):
             "done": event_stream(partial_event(FIRST), "[DONE]"),
             "cut in the picture": whole._replace(cut=length + 200),
             "closed in the picture": whole._replace(cut=length + 200, framing="close"),
+            "spread over lines": event_stream(f"{many_lines(partial_event(FIRST))}\n".encode()),
         }
         for name, reply in table.items():
             with self.subTest(name):
                 self.assert_unknown(reply)
+
+    def test_a_preview_that_only_the_name_of_its_event_tells(self) -> None:
+        head = f'event: image_generation.partial_image\ndata: {{"b64_json": "{b64(FIRST)}"'
+        for name, body in {"whole": head + "}\n\n", "cut before its type": head + ", "}.items():
+            with self.subTest(name):
+                self.serve_base(event_stream(body.encode()))
+                run = self.stream("--json", "--new", "--force", code=8)
+                self.assertEqual(run.json["images"], [])
+                self.check(self.run_tool("recover", run.json["recover_id"]), 10)
+                self.assertNotIn("fox.png", self.listing())
 
     def test_no_saved_line_and_the_way_on(self) -> None:
         self.serve_base(event_stream(partial_event(FIRST)))
@@ -308,7 +321,7 @@ class Spellings(StreamCase):
             "without spaces": plain.replace("data: ", "data:").encode(),
             "CRLF": named.replace("\n", "\r\n").encode(),
             "CRLF and a done line": (plain + "data: [DONE]\n\n").replace("\n", "\r\n").encode(),
-            "comments": (": hello\n\n" + plain.replace("data:", ": ping\ndata:")).encode(),
+            "comments": (': say "hi\n\n' + plain.replace("data:", ": ping\ndata:")).encode(),
             "blank lines and a BOM": f"\ufeff\n\n{plain}".encode(),
             "ids and retries": plain.replace("data", "id: 1\nretry: 3000\ndata").encode(),
             "the name behind the data": plain.replace("\n\n", "\nevent: x\n\n").encode(),
