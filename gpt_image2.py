@@ -1400,8 +1400,8 @@ def resolve_base(table: dict[str, Setting], env: dict[str, str]) -> Setting:
     except ValueError as error:
         shown = "" if "@" in setting.value else f" {setting.value!r}"
         message = f"{setting.source}: the base URL{shown} is not usable: {error}"
-        exit_code = EXIT_USAGE if setting.source.startswith("--") else EXIT_CONFIG
-        raise Failure(message, exit_code) from None
+        typed_in = setting.source.startswith(("--", "GPT_IMAGE2_", "OPENAI_"))
+        raise Failure(message, EXIT_USAGE if typed_in else EXIT_CONFIG) from None
 
 
 def clean_key(raw: str, source: str) -> str:
@@ -3335,7 +3335,8 @@ def check_link(url: str, settings: Settings, session: Session) -> Link:
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError:
         raise link_failure("the picture's link is malformed") from None
-    if parts.scheme not in ("http", "https") or not host or "@" in parts.netloc:
+    odd = re.search("[@%]", parts.netloc)  # curl decodes %31%32%37.0.0.1, and so must a guard
+    if parts.scheme not in ("http", "https") or not host or odd:
         raise link_failure(f"the picture's link is not http(s): {printable(full, 100)}")
     if parts.scheme == "http" and settings.base.scheme == "https":
         session.console.warn(f"the picture comes over plain http from {printable(host, 100)}")
@@ -3359,7 +3360,7 @@ def check_host(host: str, port: int, settings: Settings) -> str | None:
     base = settings.base
     if settings.allow_private or host == base.host or (is_loopback(host) and base.loopback):
         return None
-    literal = literal_address(host)
+    literal = "127.0.0.1" if is_loopback(host) else literal_address(host)
     found = [literal] if literal else []
     if not literal and not behind_proxy(settings):
         try:
@@ -3926,10 +3927,12 @@ class StreamWatch(Watch):
     def take(self, window: bytes) -> None:
         """Take in the next bytes, and save what partial images they end."""
         start = window.lstrip(b"\xef\xbb\xbf \t\r\n")
-        if not self.skeleton and start and answer_kind(start) == "events":
+        if not self.skeleton and len(start) < 8 and b":" not in start:
+            return  # too little to tell what it is; the next look begins here again
+        if not self.skeleton and answer_kind(start) == "events":
             self.skeleton = Skeleton(True)
             self.skeleton.offset = self.position
-        self.idle = self.idle or bool(start and not self.skeleton)
+        self.idle = self.idle or not self.skeleton
         self.position += len(window)
         if not self.skeleton or self.idle:
             return
@@ -4985,6 +4988,11 @@ def history_totals(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [totals[key] for key in sorted(totals)]
 
 
+def plural(number: int, word: str) -> str:
+    """Return `1 call`, `2 calls`."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 def command_history(args: Args, session: Session) -> int:
     """history: what was made and what it cost."""
     console = session.console
@@ -5011,8 +5019,8 @@ def command_history(args: Args, session: Session) -> int:
         console.emit(UNPRINTABLE.sub(" ", line))
     for row in totals:
         price = f", {Cost(row['amount'], row['currency'])}" if row["currency"] else ""
-        total = f"{row['model']}: {row['pictures']} saved, calls: {row['calls']}{price}"
-        console.emit(UNPRINTABLE.sub(" ", f"total {total}"))
+        counts = f"{plural(row['pictures'], 'picture')} in {plural(row['calls'], 'call')}"
+        console.emit(UNPRINTABLE.sub(" ", f"total {row['model']}: {counts}{price}"))
     return EXIT_OK
 
 

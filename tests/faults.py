@@ -617,7 +617,8 @@ def state_disk_fills_up(stage: Stage) -> Run:
         stage.wait_until(lambda: stage.answered() >= two)
         fill_up(stage.state)
 
-    return answers(THREE._replace(chunks=[part, fill, rest * 4]), argv=FOXES)(stage)
+    more = b"A" * 65_536 + rest  # so that the third can't end in what is left of the last block
+    return answers(THREE._replace(chunks=[part, fill, more]), argv=FOXES)(stage)
 
 
 def state_unwritable(stage: Stage) -> Run:

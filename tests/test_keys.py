@@ -227,8 +227,8 @@ class TestRules(KeyCase):
 
     def test_the_sandbox_gets_none(self) -> None:
         marker = self.tmp / "command-ran"
-        config = {**RELAY_FILE, "api_key_command": ["touch", str(marker)]}
-        told, run = self.asked([*FLAG, "--sandbox"], config, {**IN_ENV, **PAIR})
+        config = {"base_url": RELAY, "api_key_command": ["touch", str(marker)]}
+        told, run = self.asked(["--sandbox"], config, {**IN_ENV, **PAIR})
         self.check(run, 7)
         assert told
         self.assertRegex(told.url, r"\Ahttp://127\.0\.0\.1:\d+/v1/images/generations\Z")

@@ -131,6 +131,8 @@ class TestSandboxServer(Case):
         answer = self.post(base, model="gpt-image-2", prompt="a fox", size="1280x720", n=2)
         pictures = [read_png(b64decode(item["b64_json"])) for item in answer["data"]]
         self.assertEqual([(p.width, p.height) for p in pictures], [(1280, 720)] * 2)
+        hen = self.post(base, model="gpt-image-2", prompt="a hen", size="1280x720")
+        self.assertNotEqual(hen["data"][0], answer["data"][0])  # the prompt's words are drawn
         listed = [model["id"] for model in json.loads(self.curl(f"{base}/models"))["data"]]
         self.assertIn("gpt-image-2", listed)
         error = self.post(base, model="gpt-image-2", prompt="a fox", colour="red")["error"]
@@ -175,6 +177,8 @@ class TestSandboxServer(Case):
         self.assertEqual(addresses, ["0100007F"])
 
     def test_ctrl_c_ends_it_quietly(self) -> None:
+        hears = signal.signal(signal.SIGINT, signal.default_int_handler)  # deaf in background jobs
+        self.addCleanup(signal.signal, signal.SIGINT, hears)
         for number, codes in ((signal.SIGINT, (0, 130)), (signal.SIGTERM, (0, 143))):
             with self.subTest(number):
                 self.start()
