@@ -1651,7 +1651,7 @@ def read_stdin() -> bytes:
     """Return what standard input holds, as far as a prompt may be long."""
     try:
         with SIGNALS:
-            return sys.stdin.buffer.read(MEGABYTE)
+            return sys.stdin.buffer.read(MEGABYTE + 1)
     except (OSError, ValueError, AttributeError):
         raise Failure("standard input is closed, so there is no prompt to read") from None
 
@@ -1664,7 +1664,9 @@ def read_prompt_file(path: str) -> str:
             data = read_stdin()
         else:
             with open(path, "rb") as file:
-                data = file.read(MEGABYTE)
+                data = file.read(MEGABYTE + 1)
+        if len(data) > MEGABYTE:
+            raise Failure(f"the prompt in {name} is longer than {MEGABYTE} bytes")
         text = data.decode("utf-8-sig")
     except OSError as error:
         raise Failure(f"cannot read the prompt file {path}: {os_reason(error)}") from None
@@ -2904,11 +2906,26 @@ def scan_reply(file: IO[bytes], first: bytes, skeleton: Skeleton, salvage: bool)
     return reply
 
 
+def bounded(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Return a reader of numbers that takes absurd ones, 5,000 digits or 1e999, for 0."""
+    return lambda digits: (
+        kind(digits) if len(digits) < 32 and abs(float(digits)) < 1e15 else kind("0")
+    )
+
+
 def parse_json(text: str) -> list[Any]:
     """Return the one JSON value in a text, or nothing for one that is cut, too deep or none."""
     try:
-        # Raw line breaks in base64 are harmless, and so is a number that no int could hold.
-        return [json.loads(text, strict=False, parse_int=lambda digits: int(digits[:20]))]
+        # Raw line breaks in base64 are harmless, and so is a number that nothing could hold.
+        whole, real = bounded(int), bounded(float)
+        value = json.loads(
+            text,
+            strict=False,
+            parse_int=whole,
+            parse_float=real,
+            parse_constant=lambda name: None,  # NaN, Infinity
+        )
+        return [value]
     except (ValueError, RecursionError):
         return []
 
@@ -3773,7 +3790,7 @@ def count(value: Any, *names: str) -> int:
     """Return the first positive whole number under one of the names of a usage object."""
     for name in names:
         found = value.get(name) if isinstance(value, dict) else None
-        if isinstance(found, (int, float)) and found > 0:
+        if isinstance(found, (int, float)) and 0 < found < 10**12:
             return int(found)
     return 0
 

@@ -13,9 +13,16 @@ import importlib
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterator, get_type_hints
+from typing import Any, Iterator
 
-from typing_extensions import Literal, Required, get_args, get_origin, is_typeddict
+from typing_extensions import (
+    Literal,
+    Required,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 PACKAGE = "openai"
 RECORD = Path(__file__).parent / "data" / "sdk_fields.json"
@@ -27,7 +34,8 @@ ENDPOINTS = {
 
 def fields(params: type, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the fields of a TypedDict with what is known of each; dots lead into nested ones."""
-    for name, hint in get_type_hints(params, include_extras=True).items():
+    hints: dict[str, Any] = get_type_hints(params, include_extras=True)
+    for name, hint in hints.items():
         required = get_origin(hint) is Required
         nested = [part for part in parts(hint) if is_typeddict(part)]
         for part in nested:

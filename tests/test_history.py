@@ -251,8 +251,6 @@ class Command(HistoryCase):
             "": ["40 days", "8 days", "6 days", "0.6 days", "0.4 days"],
             "--since 7d": ["6 days", "0.6 days", "0.4 days"],
             "--since 12h": ["0.4 days"],
-            "--since 30m": [],
-            "--limit 2": ["0.6 days", "0.4 days"],
             "--since 7d --limit 1": ["0.4 days"],
             "--limit 99": ["40 days", "8 days", "6 days", "0.6 days", "0.4 days"],
         }
@@ -297,7 +295,8 @@ class Command(HistoryCase):
             with self.subTest(more):
                 self.write(entry(**more), entry(prompt="two"))
                 self.assertIn("two", self.check(self.run_tool("history"), 0).out)
-                self.assertEqual(len(self.history()["entries"]), 2)
+        self.write(*(entry(**more) for more in odd))
+        self.assertEqual(len(self.history()["entries"]), len(odd))
 
     def test_ages_and_numbers_that_are_none(self) -> None:
         for argv in (("--since", "7"), ("--since", "-1d"), ("--limit", "0"), ("--limit", "x")):

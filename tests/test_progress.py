@@ -16,7 +16,16 @@ from unittest import mock
 
 from gpt_image2 import Console, Progress
 from tests.pictures import png
-from tests.support import Case, Reply, answer, completed_event, event_stream, partial_event, stop
+from tests.support import (
+    Api,
+    Case,
+    Reply,
+    answer,
+    completed_event,
+    event_stream,
+    partial_event,
+    stop,
+)
 
 try:
     import pty
@@ -105,9 +114,9 @@ class OnATerminal(Case):
         super().setUp()
         self.go_on = threading.Event()
 
-    def held(self) -> None:
+    def held(self) -> Api:
         """Serve an answer that waits for the test."""
-        self.serve_base(answer(PICTURE)._replace(before=self.go_on))
+        return self.serve_base(answer(PICTURE)._replace(before=self.go_on))
 
     def test_time_then_bytes_then_nothing(self) -> None:
         arrived = threading.Event()
@@ -124,13 +133,14 @@ class OnATerminal(Case):
         kinds = [line.split()[0] for line in lines]
         self.assertEqual(kinds, ["POST", "Job:", "HTTP", "281"], lines)
 
-    def test_it_turns(self) -> None:
+    def test_it_turns_and_no_color_means_no_colour(self) -> None:
         self.held()
-        terminal = Terminal(self)
+        terminal = Terminal(self, NO_COLOR="1")
         for mark in r"-\|/":
             terminal.until(rf"\r\x1b\[K{re.escape(mark)} \d+ s")
         self.go_on.set()
         terminal.finish()
+        self.assertNotRegex(terminal.shown, r"\x1b\[[0-9;]*m")
 
     def test_the_usual_time_is_of_the_model_and_the_quality(self) -> None:
         table = {
@@ -158,61 +168,46 @@ class OnATerminal(Case):
         self.assertEqual([line for line in lines if " s, " in line], [])
 
     def test_quiet_shows_nothing(self) -> None:
-        self.held()
+        api = self.held()
         terminal = Terminal(self, "--quiet")
+        api.wait_for_request()
         terminal.watch(0.6)
         self.go_on.set()
         terminal.finish()
         self.assertEqual(terminal.shown, "")
 
     def test_a_dumb_terminal_gets_plain_lines(self) -> None:
-        self.held()
+        api = self.held()
         terminal = Terminal(self, TERM="dumb")
+        api.wait_for_request()
         terminal.watch(0.6)
         self.go_on.set()
         terminal.finish()
         self.assertNotRegex(terminal.shown, "[\x1b\r]")
 
-    def test_no_color_means_no_colour(self) -> None:
-        self.held()
-        terminal = Terminal(self, NO_COLOR="1")
-        terminal.until(FRAME)
-        self.go_on.set()
-        terminal.finish()
-        self.assertNotRegex(terminal.shown, r"\x1b\[[0-9;]*m")
-
 
 class ElsewhereByTheClock(Case):
     """A line every 30 s, seen in a child whose clock runs sixty times as fast."""
 
-    def setUp(self) -> None:
-        super().setUp()
+    def test_a_line_every_thirty_seconds(self) -> None:
         folder = self.tmp / "hurry"
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(
             "import time\nclock = time.monotonic\ntime.monotonic = lambda: clock() * 60\n"
         )
         self.env["PYTHONPATH"] = str(folder)
-
-    def said(self, *argv: str) -> list[str]:
-        """Return what is said of a wait of about a minute and a half."""
         go_on = threading.Event()
-        self.serve_base(event_stream(b": hold the line\n\n", go_on, completed_event(PICTURE)))
-        timer = threading.Timer(1.8, go_on.set)
-        timer.start()
-        self.addCleanup(timer.join)
-        run = self.check(self.run_tool("generate", "a fox", "--stream", *argv), 0)
-        return re.findall(r"^.*\b\d+ s\b.*$", run.err.split("HTTP 200")[0], re.MULTILINE)
-
-    def test_a_line_every_thirty_seconds(self) -> None:
-        lines = self.said()
-        self.assertIn(len(lines), (2, 3, 4), lines)  # a machine under load is late
-        seconds = [int(re.findall(r"\b(\d+) s\b", line)[0]) for line in lines]
+        reply = event_stream(b": hold the line\n\n", go_on, completed_event(PICTURE))
+        api = self.serve_base(reply)
+        tool = self.start_tool("generate", "a fox", "--stream")
+        api.wait_for_request()
+        time.sleep(1.4)
+        go_on.set()
+        run = self.check(self.finish(tool), 0)
+        seconds = [int(word) for word in re.findall(r"(?m)^waiting: (\d+) s\b", run.err)]
+        self.assertIn(len(seconds), (1, 2, 3), run.err)  # a machine under load is late
         steps = [after - before for before, after in zip([0, *seconds], seconds)]
-        self.assertGreaterEqual(min(steps), 25, lines)
-
-    def test_quiet_says_nothing(self) -> None:
-        self.assertEqual(self.said("--quiet"), [])
+        self.assertGreaterEqual(min(steps), 25, run.err)
 
 
 class ElsewhereTickByTick(unittest.TestCase):
