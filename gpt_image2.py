@@ -2069,7 +2069,13 @@ def check_target(target: Target, sidecar: bool = False) -> None:
         check_path(name)
         if len(os.path.basename(name).encode("utf-8", "surrogateescape")) > 240:
             raise Failure(f"the file name {os.path.basename(name)[:60]}… is too long")
-        if os.path.lexists(name) and not target.force:
+        try:
+            os.lstat(name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise Failure(f"cannot use {name[:80]}: {os_reason(error)}") from None
+        if not target.force:
             raise Failure(f"{name} exists; pass --force to replace it")
         if os.path.exists(name) and not os.path.isfile(name):
             raise Failure(f"{name} exists and is no regular file")
@@ -2123,10 +2129,10 @@ class Job(NamedTuple):
         """Return the path of one of the job's files."""
         return os.path.join(self.folder, name)
 
-    def answer_size(self) -> int:
-        """Return how many bytes of the answer have come."""
+    def answer_size(self, name: str = ANSWER) -> int:
+        """Return how many bytes of the answer's body (or of its headers) have come."""
         try:
-            return os.path.getsize(self.path(ANSWER))
+            return os.path.getsize(self.path(name))
         except OSError:
             return 0
 
@@ -2372,7 +2378,7 @@ def adopt_job(request: Request, target: Target, settings: Settings, console: Con
     taken by one process only.
     """
     for job in same_jobs(request, target, settings):
-        if job.answer_size() or curl_lives(job):
+        if job.answer_size() or job.answer_size(HEADERS) or curl_lives(job):
             return job._replace(resumed=True)
         job.lock.close()
         console.warn(f"job {job.id}, the same request, ended without an answer: maybe billed")
@@ -2965,7 +2971,7 @@ def reply_from_documents(kind: str, documents: list[Any], skeleton: Skeleton) ->
         if "partial_image" in str(value.get("type")):
             continue
         images += image_sources(value, skeleton)
-        error = error or parse_error(value)
+        error = error or parse_error(value, skeleton)
         if isinstance(value.get("usage"), dict):
             usage = add_usage(usage or {}, value["usage"])
     whole = bool(documents) if kind == "json" else bool(images)
@@ -2988,7 +2994,7 @@ def add_usage(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def image_sources(value: dict[str, Any], skeleton: Skeleton) -> list[ImageSource]:
     """Return the pictures of one JSON value: `data` as documented, or a relay's own place."""
-    alone = [] if parse_error(value) else value  # an error may name a page to read, too
+    alone = [] if parse_error(value, skeleton) else value  # an error may name a page to read, too
     entries: Any = next((value[k] for k in ("data", "images", "image_urls") if value.get(k)), alone)
     if isinstance(entries, dict) and entries is not value and "data" in entries:
         entries = entries["data"]
@@ -3037,7 +3043,7 @@ def salvage_images(text: str, skeleton: Skeleton) -> tuple[ImageSource, ...]:
     return tuple(found)
 
 
-def parse_error(value: dict[str, Any]) -> ApiError | None:
+def parse_error(value: dict[str, Any], skeleton: Skeleton) -> ApiError | None:
     """Return the error in one JSON value, in whichever of the known shapes it comes."""
     error = value.get("error")
     error = error[0] if isinstance(error, list) and error else error
@@ -3052,7 +3058,8 @@ def parse_error(value: dict[str, Any]) -> ApiError | None:
     text = message if isinstance(message, str) else json.dumps(message)
     code = "" if error.get("code") is None else str(error["code"])
     kind = str(error.get("type") or "")  # cut only after the key is blanked, lest half of it show
-    return ApiError(*(printable(part, 20_000) for part in (code, text, kind)))
+    parts = (part if skeleton.nonce not in part else "(a long text)" for part in (code, text, kind))
+    return ApiError(*(printable(part, 20_000) for part in parts))
 
 
 def span_pieces(file: IO[bytes], span: Span) -> Iterator[bytes]:
