@@ -161,7 +161,7 @@ class TestFetching(DownloadCase):
             "a cut picture": file_reply(PICTURE[:-10]),
         }
         running = [self.start("/a.png", files={"/a.png": reply}) for reply in cases.values()]
-        jobs = [self.check_kept(self.finish(tool)) for tool in running]
+        jobs = [self.check_kept(run) for run in [self.finish(tool) for tool in running]]
         for (name, reply), api, job in zip(cases.items(), self.servers, jobs):
             with self.subTest(name):
                 kept = [path.read_bytes() for path in job.iterdir() if path.is_file()]
