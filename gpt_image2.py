@@ -2113,6 +2113,11 @@ RECORD, LOCK, ANSWER, HEADERS, CURL_LINE = (
 JOB_ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
 
 
+def job_stamp(seconds: float) -> str:
+    """Return the time that a job's name begins with."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(seconds))
+
+
 class Job(NamedTuple):
     """One job folder that this process holds."""
 
@@ -2319,7 +2324,7 @@ def create_job(request: Request, target: Target, settings: Settings, console: Co
     root = jobs_folder(console, request.total)
     sweep_jobs()
     record = job_record(request, target, settings)
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    stamp = job_stamp(time.time())
     folder = os.path.join(root, f"{stamp}-{record['hash'][:8]}{os.urandom(2).hex()}")
     try:
         os.mkdir(folder, 0o700)
@@ -2477,7 +2482,7 @@ def blank_in_file(path: str, secret: bytes) -> None:
 
 def sweep_jobs() -> None:
     """Remove what ended without a byte, and what never became a job, a week after it began."""
-    oldest = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() - 86400 * KEEP_EMPTY_DAYS))
+    oldest = job_stamp(time.time() - 86400 * KEEP_EMPTY_DAYS)
     for folder in job_folders():
         if os.path.basename(folder)[:16] >= oldest:
             break
@@ -2764,6 +2769,15 @@ def read_curl_line(path: str) -> tuple[int, int]:
         return int(words[0]), int(words[1]) + int(float(words[2]))
     except (OSError, ValueError, IndexError):
         return 0, -1
+
+
+def read_headers_file(path: str) -> dict[str, str]:
+    """Return what curl's dump-header wrote; nothing where it wrote nothing."""
+    try:
+        with open(path, "rb") as file:
+            return parse_headers(file.read(MEGABYTE))
+    except OSError:
+        return {}
 
 
 def parse_headers(data: bytes) -> dict[str, str]:
@@ -3513,8 +3527,7 @@ def fetch(
     if os.path.getsize(path) > MAX_DOWNLOAD_BYTES:  # before 8.4 curl trusts Content-Length
         remove_file(path)
         raise link_failure(f"the picture is larger than {MAX_DOWNLOAD_BYTES // MEGABYTE} MB")
-    with open(header_path, "rb") as file:
-        return end, parse_headers(file.read(MEGABYTE))
+    return end, read_headers_file(header_path)
 
 
 ################################################################################
@@ -4230,11 +4243,7 @@ def read_answer(
     salvage: bool = False,
 ) -> Answer:
     """Read what an attempt left in the job folder and judge it."""
-    try:
-        with open(job.path(HEADERS), "rb") as file:
-            headers = parse_headers(file.read(MEGABYTE))
-    except OSError:
-        headers = {}
+    headers = read_headers_file(job.path(HEADERS))
     reply = read_reply(job.path(ANSWER), salvage)
     reply = reply._replace(excerpt=console.scrub(reply.excerpt)[:200])
     if reply.error:
@@ -4386,6 +4395,11 @@ def masked(key: str | None) -> str:
     return f"{key[:3]}…{key[-4:]}" if len(key) >= 20 else "****"
 
 
+def masked_headers(headers: dict[str, str]) -> dict[str, str]:
+    """Return extra headers as they may be shown."""
+    return {name: "****" if SECRET_NAMES.search(name) else headers[name] for name in headers}
+
+
 def dry_run_document(request: Request, target: Target, settings: Settings) -> dict[str, Any]:
     """Return what would be sent, from the same values; the key masked, nothing made."""
     estimate = estimate_cost(request, settings)
@@ -4401,7 +4415,7 @@ def dry_run_document(request: Request, target: Target, settings: Settings) -> di
             for part, file in zip(parts, request.files)
         ],
         "headers": {
-            **{k: "****" if SECRET_NAMES.search(k) else v for k, v in settings.headers},
+            **masked_headers(dict(settings.headers)),
             **({name: masked(settings.key)} if settings.key else {}),
         },
         "key_source": settings.key_source if settings.key else None,
@@ -4807,8 +4821,8 @@ def command_recover(args: Args, session: Session) -> int:
         return report_recovered(outcomes, settings, session)
     rows = [job_row(folder) for folder in folders]
     if session.console.json:
-        session.console.document({**base_document("recover", None, session.console), "jobs": rows})
-    elif rows:
+        return emit_document("recover", {"jobs": rows}, session.console)
+    if rows:
         for row in rows:
             prompt = printable(row["prompt"], 50)
             session.console.emit(f"{row['id']}  {row['state']:22}  {row['command']}  {prompt}")
@@ -4945,8 +4959,7 @@ def report_recovered(outcomes: list[Outcome], settings: Settings, session: Sessi
 
 def clean_jobs(args: Args, console: Console) -> int:
     """Remove the jobs that are older than --older-than and that nobody works on."""
-    limit = time.time() - args.older_than
-    oldest = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(limit))
+    oldest = job_stamp(time.time() - args.older_than)
     removed = []
     for folder in list_jobs():
         job = take_job(folder) if os.path.basename(folder)[:16] <= oldest else None
@@ -5180,7 +5193,7 @@ def shown_setting(key: str, value: Any, settings: Settings) -> Any:
     if isinstance(value, BaseUrl):
         return value.url
     if key == "headers":
-        return {k: "****" if SECRET_NAMES.search(k) else v for k, v in value.items()}
+        return masked_headers(value)
     if key == "proxy" and value:
         return re.sub(r"//[^/@]*@", "//****@", value)
     if key == "provider":
@@ -5203,9 +5216,7 @@ def show_config(args: Args, settings: Settings, console: Console) -> int:
     }
     rows["api_key"] = {"value": masked(settings.key), "source": settings.key_source, "hides": []}
     if console.json:
-        document = base_document("config", None, console)
-        console.document({**document, "config_file": path, "settings": rows})
-        return EXIT_OK
+        return emit_document("config", {"config_file": path, "settings": rows}, console)
     console.emit(f"config file: {path or 'none'}")
     for key, row in rows.items():
         value = row["value"] if isinstance(row["value"], str) else json.dumps(row["value"])
@@ -5278,8 +5289,7 @@ def check_models(folder: str, settings: Settings, session: Session) -> str:
         return f"HTTP {end.status}: reachable; the key can't be checked here"
     if end.status == 200:
         return "HTTP 200: reachable, the key is taken"
-    with open(head, "rb") as file:
-        headers = parse_headers(file.read(MEGABYTE))
+    headers = read_headers_file(head)
     verdict = judge(end, headers, read_reply(body)._replace(excerpt=""), settings)
     if verdict.failure and verdict.kind != "unknown":
         raise verdict.failure
