@@ -72,6 +72,12 @@ LONG_STRING = 64 * 1024  # a JSON string over this many bytes stays in the file
 MAX_SKELETON_BYTES = 8 * MEGABYTE  # an answer's text without its long strings
 
 
+def table_rows(text: str) -> Iterator[list[str]]:
+    """Yield the rows of a text table as lists of its cells."""
+    for line in text.strip().splitlines():
+        yield [cell.strip() for cell in line.split("|")]
+
+
 class Provider(NamedTuple):
     """What is known of one server; `strict`: OpenAI's rules are certain there."""
 
@@ -83,40 +89,37 @@ class Provider(NamedTuple):
     currency: str = ""
     strict: bool = False
     answers_url: bool = False
-    note: str = ""  # a warning for edits
-    template: tuple[tuple[str, str], ...] = ()  # more that config --init writes
 
 
-# HK and NK of 2026-11-21; Azure: its v1 API, where the model is the deployment's name.
-HK_TEMPLATE = (("size", "1024x1024"), ("quality", "low"))
-AZURE_TEMPLATE = (
-    ("base_url", "https://YOUR-RESOURCE.openai.azure.com/openai/v1"),
-    ("auth_header", "api-key"),
-    ("model", "YOUR-DEPLOYMENT"),
-)
-AZURE_HOSTS = (".openai.azure.com", ".cognitiveservices.azure.com")
-HK_URL, NK_URL = "https://api.openai-hk.com/v1", "https://nodekey.xinghanyun.cn/v1"
-NK_NOTE = "NodeKey documents generations only"
+# Name, base URL, hosts, the key's variable, auth header, currency, marks; HK and NK of 2026-11-21.
+# Azure: its v1 API, where the model is the deployment's name.
 PROVIDERS = {
-    "openai": Provider(
-        "openai", OPENAI_URL, ("api.openai.com",), "OPENAI_API_KEY", currency="USD", strict=True
-    ),
-    "openai-hk": Provider(
-        "openai-hk",
-        HK_URL,
-        ("api.openai-hk.com",),
-        "OPENAI_HK_API_KEY",
-        currency="credits",
-        answers_url=True,
-        template=HK_TEMPLATE,
-    ),
-    "nodekey": Provider(
-        "nodekey", NK_URL, ("nodekey.xinghanyun.cn",), "NODEKEY_API_KEY", note=NK_NOTE
-    ),
-    "azure": Provider(
-        "azure", "", AZURE_HOSTS, "AZURE_OPENAI_API_KEY", "api-key", template=AZURE_TEMPLATE
-    ),
-    "generic": Provider("generic", ""),
+    name: Provider(
+        name,
+        url,
+        tuple(hosts.split()),
+        key_env,
+        header or "Authorization: Bearer",
+        currency,
+        "strict" in marks,
+        "url" in marks,
+    )
+    for name, url, hosts, key_env, header, currency, marks in table_rows("""
+openai    | https://api.openai.com/v1    | api.openai.com    | OPENAI_API_KEY    | | USD | strict
+openai-hk | https://api.openai-hk.com/v1 | api.openai-hk.com | OPENAI_HK_API_KEY | | credits | url
+nodekey   | https://nodekey.xinghanyun.cn/v1 | nodekey.xinghanyun.cn | NODEKEY_API_KEY | | |
+azure | | .openai.azure.com .cognitiveservices.azure.com | AZURE_OPENAI_API_KEY | api-key | |
+generic   |                              |                   |                   | |     |
+""")
+}
+# What config --init writes beside base_url and api_key_env.
+TEMPLATES = {
+    "openai-hk": {"size": "1024x1024", "quality": "low"},
+    "azure": {
+        "base_url": "https://YOUR-RESOURCE.openai.azure.com/openai/v1",
+        "auth_header": "api-key",
+        "model": "YOUR-DEPLOYMENT",
+    },
 }
 
 
@@ -187,12 +190,6 @@ FORMATS = {
 SUFFIX_FORMATS = {suffix: name for name, row in FORMATS.items() for suffix in row[0]}
 
 
-def table_rows(text: str) -> Iterator[list[str]]:
-    """Yield the rows of a text table as lists of its cells."""
-    for line in text.strip().splitlines():
-        yield [cell.strip() for cell in line.split("|")]
-
-
 class Field(NamedTuple):
     """One field of the API and its option. `kind`: a word that stands for text, SIZE, low..high
     for a whole number, or the closed set of values."""
@@ -242,34 +239,40 @@ class CurlExit(NamedTuple):
     sentence: str
     hint: str = ""
     retry: bool = False  # worth another try where nothing was sent
+    unsent: bool = False  # no byte of the POST has left, whatever the figures say
 
 
 # Codes seen with ten curl versions from 7.29 to 8.20, 2026-11-21.
+# Marks: r, worth another try where nothing was sent; u, no byte of the POST has left, whatever
+# curl's figures say (a CONNECT to a proxy counts as sent).
 CURL_EXITS = {
-    1: CurlExit("the server did not answer in HTTP", "check base_url"),
-    2: CurlExit("curl refused its settings", "this is a bug, or a very old curl"),
-    3: CurlExit("curl found the URL malformed", "check base_url"),
-    5: CurlExit("the proxy's name could not be resolved", "check proxy", True),
-    6: CurlExit("the host's name could not be resolved", "check base_url and the network", True),
-    7: CurlExit("nothing accepts connections there", "check base_url, network, proxy", True),
-    16: CurlExit("the connection broke (HTTP/2)"),
-    18: CurlExit("the answer was cut off"),
-    23: CurlExit("the answer could not be written", "the disk is full or the folder is gone"),
-    26: CurlExit("curl could not read a file that it was to send"),
-    27: CurlExit("curl ran out of memory"),
-    28: CurlExit("no full answer came in time", "raise --timeout or lower --quality"),
-    33: CurlExit("the server does not resume downloads"),
-    35: CurlExit("the TLS handshake failed", "plain http behind https? a proxy?", True),
-    47: CurlExit("too many redirects"),
-    52: CurlExit("the connection closed without an answer"),
-    55: CurlExit("the connection broke while sending"),
-    56: CurlExit("the connection broke while receiving"),
-    60: CurlExit("the server's certificate is not trusted", "set cacert to its CA file"),
-    63: CurlExit("the file is larger than the limit"),
-    77: CurlExit("the CA file cannot be read", "check cacert"),
-    92: CurlExit("the connection broke (HTTP/2)"),
-    97: CurlExit("the proxy refused the connection", "check proxy"),
-    100: CurlExit("the answer's headers are absurdly large"),
+    int(code): CurlExit(sentence, hint, "r" in marks, "u" in marks)
+    for code, marks, sentence, hint in table_rows("""
+1   |    | the server did not answer in HTTP              | check base_url
+2   | u  | curl refused its settings                      | this is a bug, or a very old curl
+3   | u  | curl found the URL malformed                   | check base_url
+5   | ru | the proxy's name could not be resolved         | check proxy
+6   | ru | the host's name could not be resolved          | check base_url and the network
+7   | ru | nothing accepts connections there              | check base_url, network, proxy
+16  |    | the connection broke (HTTP/2)                  |
+18  |    | the answer was cut off                         |
+23  |    | the answer could not be written                | the disk is full or the folder is gone
+26  |    | curl could not read a file that it was to send |
+27  |    | curl ran out of memory                         |
+28  |    | no full answer came in time                    | raise --timeout or lower --quality
+33  |    | the server does not resume downloads           |
+35  | ru | the TLS handshake failed                       | plain http behind https? a proxy?
+47  |    | too many redirects                             |
+52  |    | the connection closed without an answer        |
+55  |    | the connection broke while sending             |
+56  |    | the connection broke while receiving           |
+60  | u  | the server's certificate is not trusted        | set cacert to its CA file
+63  |    | the file is larger than the limit              |
+77  | u  | the CA file cannot be read                     | check cacert
+92  |    | the connection broke (HTTP/2)                  |
+97  | u  | the proxy refused the connection               | check proxy
+100 |    | the answer's headers are absurdly large        |
+""")
 }
 CONNECT_TIMEOUT = CurlExit("no connection in time", "check base_url, network, proxy", True)
 
@@ -278,26 +281,22 @@ POLICY_HINT = "the content policy refused it: change the prompt or the pictures"
 QUOTA_HINT = "add credit or raise the limit of this account"
 BUSY_HINT = "wait and run the same command again"
 API_ERRORS = {
-    "moderation_blocked": (EXIT_POLICY, POLICY_HINT),
-    "content_policy_violation": (EXIT_POLICY, POLICY_HINT),
-    "billing_hard_limit_reached": (EXIT_LIMIT, QUOTA_HINT),
-    "insufficient_quota": (EXIT_LIMIT, QUOTA_HINT),
-    "insufficient_user_quota": (EXIT_LIMIT, QUOTA_HINT),
-    "credit_balance_exhausted": (EXIT_LIMIT, QUOTA_HINT),
-    "organization_spend_limit_exceeded": (EXIT_LIMIT, QUOTA_HINT),
-    "project_spend_limit_exceeded": (EXIT_LIMIT, QUOTA_HINT),
-    "organization_usage_limit_exceeded": (EXIT_LIMIT, QUOTA_HINT),
-    "rate_limit_exceeded": (EXIT_LIMIT, BUSY_HINT),
-    "slow_down": (EXIT_LIMIT, BUSY_HINT),
-    "server_is_overloaded": (EXIT_LIMIT, BUSY_HINT),
-    "invalid_api_key": (EXIT_AUTH, "check the key: config --check"),
-    "model_not_found": (EXIT_REFUSED, "check --model"),
-    "unknown_parameter": (EXIT_REFUSED, "leave out the option that the server does not know"),
-    "duplicate_parameter": (EXIT_REFUSED, "try --image-field 'image[]'"),
-    "invalid_value": (EXIT_REFUSED, ""),
-    "invalid_image_file": (EXIT_REFUSED, ""),
-    "invalid_input_fidelity_model": (EXIT_REFUSED, "leave out --input-fidelity"),
-    "invalid_request_error": (EXIT_REFUSED, ""),
+    code: (exit_code, hint)
+    for exit_code, hint, codes in (
+        (EXIT_POLICY, POLICY_HINT, "moderation_blocked content_policy_violation"),
+        (EXIT_LIMIT, QUOTA_HINT, "billing_hard_limit_reached insufficient_quota"),
+        (EXIT_LIMIT, QUOTA_HINT, "insufficient_user_quota credit_balance_exhausted"),
+        (EXIT_LIMIT, QUOTA_HINT, "organization_spend_limit_exceeded project_spend_limit_exceeded"),
+        (EXIT_LIMIT, QUOTA_HINT, "organization_usage_limit_exceeded"),
+        (EXIT_LIMIT, BUSY_HINT, "rate_limit_exceeded slow_down server_is_overloaded"),
+        (EXIT_AUTH, "check the key: config --check", "invalid_api_key"),
+        (EXIT_REFUSED, "check --model", "model_not_found"),
+        (EXIT_REFUSED, "leave out the option that the server does not know", "unknown_parameter"),
+        (EXIT_REFUSED, "try --image-field 'image[]'", "duplicate_parameter"),
+        (EXIT_REFUSED, "leave out --input-fidelity", "invalid_input_fidelity_model"),
+        (EXIT_REFUSED, "", "invalid_value invalid_image_file invalid_request_error"),
+    )
+    for code in codes.split()
 }
 OVERLOAD_CODES = ("slow_down", "server_is_overloaded")
 POLICY_MARK = "safety_violations="
@@ -1557,22 +1556,12 @@ def resolve_settings(args: Args, console: Console) -> Settings:
         table=table,
         sandbox=bool(args.sandbox),
         allow_private=bool(args.allow_private),
-        **{name: table[name].value for name in PLAIN_SETTINGS},
+        **{name: table[name].value for name in PLAIN_SETTINGS.split()},
     )
 
 
-PLAIN_SETTINGS = (
-    "timeout",
-    "connect_timeout",
-    "retries",
-    "image_field",
-    "proxy",
-    "cacert",
-    "user_agent",
-    "output_dir",
-    "prices",
-    "history",
-)
+PLAIN_SETTINGS = """timeout connect_timeout retries image_field proxy cacert user_agent output_dir
+    prices history"""
 
 
 def secret_settings(table: dict[str, Setting]) -> list[str]:
@@ -1768,8 +1757,8 @@ def build_request(ask: Ask, settings: Settings, console: Console) -> Request:
     for applies, level, sentence in field_rules(checked, ask, model):
         if applies:
             apply_rule(sentence, level, strict, console)
-    if ask.command == "edit" and settings.provider.note:
-        console.warn(settings.provider.note)
+    if ask.command == "edit" and settings.provider.name == "nodekey":
+        console.warn("NodeKey documents generations only")
     if "model" not in overridden:
         check_model(options["model"], settings.provider, console)
     ordered = {"model": options.pop("model"), "prompt": ask.prompt, **options}
@@ -2096,6 +2085,31 @@ def check_folder(folder: str) -> None:
         raise Failure(f"cannot write in {place}: {os_reason(error)}") from None
 
 
+class Session(NamedTuple):
+    """What one call of the program carries along: its terminal and its wishes."""
+
+    console: Console
+    new: bool = False
+    retry_unsafe: bool = False
+    digest: bool = False  # compute each picture's sha256
+    sidecar: bool = False
+    mode: int = 0o644  # what the umask leaves of 0666; read once, as threads race on it
+
+
+class Task(NamedTuple):
+    """One request on its way: what is sent, where its pictures go, and how."""
+
+    request: Request
+    target: Target
+    settings: Settings
+    session: Session
+
+    @property
+    def console(self) -> Console:
+        """Where its messages go."""
+        return self.session.console
+
+
 ################################################################################
 # Job folders
 ################################################################################
@@ -2103,13 +2117,8 @@ def check_folder(folder: str) -> None:
 # answer that curl writes, and the locks that tell who is still alive.
 
 HISTORY = "history.jsonl"
-RECORD, LOCK, ANSWER, HEADERS, CURL_LINE = (
-    "job.json",
-    "lock",
-    "response.json",
-    "headers.txt",
-    "curl.txt",
-)
+RECORD, LOCK, ANSWER = "job.json", "lock", "response.json"
+HEADERS, CURL_LINE = "headers.txt", "curl.txt"
 JOB_ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
 
 
@@ -2300,8 +2309,9 @@ def read_target(record: dict[str, Any]) -> Target:
     return target._replace(stems=tuple(target.stems), planned=int(target.planned))
 
 
-def job_record(request: Request, target: Target, settings: Settings) -> dict[str, Any]:
+def job_record(task: Task) -> dict[str, Any]:
     """Return what job.json holds: enough to finish the job without its script; never the key."""
+    request, settings = task.request, task.settings
     return {
         "schema": 1,
         "command": request.command,
@@ -2311,7 +2321,7 @@ def job_record(request: Request, target: Target, settings: Settings) -> dict[str
         "hash": request_hash(request),
         "base_url": settings.base.url,
         "provider": settings.provider.name,
-        "target": target._asdict(),
+        "target": task.target._asdict(),
         "started": time.time(),
         "pid": os.getpid(),
         "status": "sending",
@@ -2319,11 +2329,11 @@ def job_record(request: Request, target: Target, settings: Settings) -> dict[str
     }
 
 
-def create_job(request: Request, target: Target, settings: Settings, console: Console) -> Job:
+def create_job(task: Task) -> Job:
     """Make the job folder with everything that curl will read. Raises Failure (nothing sent)."""
-    root = jobs_folder(console, request.total)
+    root = jobs_folder(task.console, task.request.total)
     sweep_jobs()
-    record = job_record(request, target, settings)
+    record = job_record(task)
     stamp = job_stamp(time.time())
     folder = os.path.join(root, f"{stamp}-{record['hash'][:8]}{os.urandom(2).hex()}")
     try:
@@ -2332,7 +2342,7 @@ def create_job(request: Request, target: Target, settings: Settings, console: Co
         lock = try_lock(os.path.join(folder, LOCK))
         assert lock, "a new lock is free"
         job = Job(folder, lock)
-        write_body(job, request)
+        write_body(job, task.request)
         for name in (ANSWER, HEADERS, CURL_LINE):
             private_file(job.path(name))  # curl would make them 0644
         write_record(folder, record)
@@ -2360,9 +2370,9 @@ def goes_by_file(name: str, text: str) -> bool:
     return name == "prompt" or len(text) > 1000 or bool(re.search("[\x00-\x1f\x7f]", text))
 
 
-def same_jobs(request: Request, target: Target, settings: Settings) -> Iterator[Job]:
+def same_jobs(task: Task) -> Iterator[Job]:
     """Yield, held, every unfinished job of the same request and target whose script is dead."""
-    wanted = request_hash(request)
+    wanted, target, base_url = request_hash(task.request), task.target, task.settings.base.url
     for folder in list_jobs():
         record = read_record(folder) if folder[-12:-4] == wanted[:8] else None
         if not record or record["hash"] != wanted:
@@ -2370,29 +2380,29 @@ def same_jobs(request: Request, target: Target, settings: Settings) -> Iterator[
         theirs = read_target(record)
         if theirs[:2] != target[:2] or theirs.stdout != target.stdout:
             continue
-        if record.get("base_url") == settings.base.url and record.get("status") != "set aside":
+        if record.get("base_url") == base_url and record.get("status") != "set aside":
             job = take_job(folder)
             if job:
                 yield job
 
 
-def adopt_job(request: Request, target: Target, settings: Settings, console: Console) -> Job | None:
+def adopt_job(task: Task) -> Job | None:
     """Return an unfinished job of the same request whose script is dead, to be finished.
 
     It counts where its curl still lives or bytes of its answer have come (P2); each such job is
     taken by one process only.
     """
-    for job in same_jobs(request, target, settings):
+    for job in same_jobs(task):
         if job.answer_size() or job.answer_size(HEADERS) or curl_lives(job):
             return job._replace(resumed=True)
         job.lock.close()
-        console.warn(f"job {job.id}, the same request, ended without an answer: maybe billed")
+        task.console.warn(f"job {job.id}, the same request, ended without an answer: maybe billed")
     return None
 
 
-def set_aside_jobs(request: Request, target: Target, settings: Settings) -> None:
+def set_aside_jobs(task: Task) -> None:
     """Make --new stick: what it passes over is not resumed by later calls either."""
-    for job in same_jobs(request, target, settings):
+    for job in same_jobs(task):
         set_status(job, "set aside")
         job.lock.close()
 
@@ -2521,17 +2531,6 @@ class Watch:
             return 0
 
 
-class Session(NamedTuple):
-    """What one call of the program carries along: its terminal, its signals, its wishes."""
-
-    console: Console
-    new: bool = False
-    retry_unsafe: bool = False
-    digest: bool = False  # compute each picture's sha256
-    sidecar: bool = False
-    mode: int = 0o644  # what the umask leaves of 0666; read once, as threads race on it
-
-
 def curl_line(option: str, value: str) -> bytes:
     """Return one line of curl's config. Quotes and backslashes are escaped, controls refused.
 
@@ -2594,13 +2593,13 @@ def request_lines(request: Request, settings: Settings, job_id: str) -> list[byt
     return lines
 
 
-def post_config(job: Job, request: Request, settings: Settings) -> bytes:
+def post_config(job: Job, task: Task) -> bytes:
     """Return curl's config for the paid POST, everything long or secret in files."""
-    lines = request_lines(request, settings, job.id)
-    if request.endpoint == "generations":
+    lines = request_lines(task.request, task.settings, job.id)
+    if task.request.endpoint == "generations":
         lines.append(curl_line("data-binary", "@" + job.path("body.json")))
     else:
-        lines += form_lines(job, request, settings.image_field)
+        lines += form_lines(job, task.request, task.settings.image_field)
     lines.append(curl_line("output", job.path(ANSWER)))
     lines.append(curl_line("dump-header", job.path(HEADERS)))
     return b"".join(lines)
@@ -3163,9 +3162,6 @@ def decode_dressed(text: bytes, ended: bool) -> tuple[bytes, bytes, bool]:
 ################################################################################
 # What an attempt came to: ok, refused, unsent or unknown. Pure: values in, a Verdict out.
 
-# With these no byte of the POST has left, whatever the figures say (a CONNECT counts as sent).
-UNSENT_EXITS = (2, 3, 5, 6, 7, 35, 60, 77, 97)
-
 
 def judge(end: CurlEnd, headers: dict[str, str], reply: Reply, settings: Settings) -> Verdict:
     """Return the verdict on one attempt. A picture that came is ok, whatever came around it."""
@@ -3194,7 +3190,7 @@ def moved_to(headers: dict[str, str]) -> str:
 def judge_silence(end: CurlEnd, settings: Settings) -> Verdict:
     """Judge an attempt without an HTTP answer by curl's exit code and what it had sent."""
     row = CURL_EXITS.get(end.code or 0, CurlExit("curl ended without an answer"))
-    unsent = end.code in UNSENT_EXITS or (end.sent == 0 and not end.signal)
+    unsent = row.unsent or (end.sent == 0 and not end.signal)
     if end.code == 28 and unsent:
         row = CONNECT_TIMEOUT
     if end.code == 28 and not unsent:
@@ -3252,14 +3248,19 @@ def judge_no_image(end: CurlEnd, reply: Reply, status: int) -> Verdict:
 
 def judge_inner_error(error: ApiError, status: int) -> Verdict | None:
     """Return the refusal that an error inside a 200 surely is, or None where it may be billed."""
-    known = API_ERRORS.get(error.code or error.type)
-    if POLICY_MARK in error.message:
-        known = (EXIT_POLICY, POLICY_HINT)
+    known = known_error(error)
     if not known and re.fullmatch("4[0-9][0-9]", error.code) and error.code not in ("408", "409"):
         known = (STATUS_EXITS.get(int(error.code), EXIT_REFUSED), "")
     if not known:
         return None
     return refuse_with(error, status, *known)
+
+
+def known_error(error: ApiError) -> tuple[int, str] | None:
+    """Return the exit code and hint of an error that the API is known for."""
+    if POLICY_MARK in error.message:
+        return EXIT_POLICY, POLICY_HINT
+    return API_ERRORS.get(error.code) or API_ERRORS.get(error.type)
 
 
 def error_text(error: ApiError | None, fallback: str = "") -> str:
@@ -3297,9 +3298,7 @@ def judge_server_error(headers: dict[str, str], reply: Reply, status: int) -> Ve
 def judge_refusal(headers: dict[str, str], reply: Reply, status: int) -> Verdict:
     """Judge a 4xx: the API's code decides before the status; only a plain 429 is tried again."""
     error = reply.error or ApiError("", reply.excerpt[:100] if reply.kind == "text" else "")
-    known = API_ERRORS.get(error.code) or API_ERRORS.get(error.type)
-    if POLICY_MARK in error.message:
-        known = (EXIT_POLICY, POLICY_HINT)
+    known = known_error(error)
     exit_code = STATUS_EXITS.get(status, EXIT_REFUSED)
     hint = STATUS_HINTS.get(status, "")
     if known and (known[0] in (EXIT_POLICY, EXIT_LIMIT) or exit_code == EXIT_REFUSED):
@@ -3362,10 +3361,11 @@ class Link(NamedTuple):
         return (self.scheme, self.host, self.port) == (base.scheme, base.host, base.port)
 
 
-def check_link(url: str, settings: Settings, session: Session) -> Link:
+def check_link(url: str, task: Task) -> Link:
     """Return a link that may be fetched. Raises Failure for one that leads to a private place."""
     from urllib.parse import quote, urljoin, urlsplit
 
+    settings = task.settings
     full = quote(urljoin(settings.base.url + "/", url.strip()), safe=PRINTABLE)
     try:
         parts = urlsplit(full)
@@ -3377,7 +3377,7 @@ def check_link(url: str, settings: Settings, session: Session) -> Link:
     if parts.scheme not in ("http", "https") or not host or odd:
         raise link_failure(f"the picture's link is not http(s): {printable(full, 100)}")
     if parts.scheme == "http" and settings.base.scheme == "https":
-        session.console.warn(f"the picture comes over plain http from {printable(host, 100)}")
+        task.console.warn(f"the picture comes over plain http from {printable(host, 100)}")
     address = check_host(host, port, settings)
     return Link(full.partition("#")[0], parts.scheme, host, port, address)
 
@@ -3453,18 +3453,18 @@ def behind_proxy(settings: Settings) -> bool:
     return bool(settings.proxy or any(os.environ.get(name) for name in names))
 
 
-def download(url: str, name: str, job: Job, settings: Settings, session: Session) -> str:
+def download(url: str, name: str, job: Job, task: Task) -> str:
     """Fetch a picture into the job folder and return its path. Raises Failure where it can't."""
-    path = job.path(name)
-    link, hops, tries, with_key = check_link(url, settings, session), 0, 0, False
+    path, settings = job.path(name), task.settings
+    link, hops, tries, with_key = check_link(url, task), 0, 0, False
     while True:
-        end, headers = fetch(link, path, job, settings, session, with_key)
+        end, headers = fetch(link, path, job, task, with_key)
         if end.code == 0 and end.status in (200, 206):
             return path
         location = headers.get("location")
         if end.status in REDIRECTS and location and hops < MAX_REDIRECTS and not with_key:
             hops += 1
-            link = next_hop(link, location, settings, session)
+            link = next_hop(link, location, task)
             remove_file(path)
             continue
         refused = end.status in (401, 403)
@@ -3479,11 +3479,11 @@ def download(url: str, name: str, job: Job, settings: Settings, session: Session
         SIGNALS.pause(retry_delay(tries, None))
 
 
-def next_hop(link: Link, location: str, settings: Settings, session: Session) -> Link:
+def next_hop(link: Link, location: str, task: Task) -> Link:
     """Return the checked link that a redirect points to."""
     from urllib.parse import urljoin
 
-    return check_link(urljoin(link.url, location), settings, session)
+    return check_link(urljoin(link.url, location), task)
 
 
 def worth_retrying(end: CurlEnd) -> bool:
@@ -3504,24 +3504,24 @@ def download_message(end: CurlEnd, link: Link) -> str:
 
 
 def fetch(
-    link: Link, path: str, job: Job, settings: Settings, session: Session, with_key: bool
+    link: Link, path: str, job: Job, task: Task, with_key: bool
 ) -> tuple[CurlEnd, dict[str, str]]:
     """Run curl once for a link, going on where an earlier try was cut."""
     header_path, line_path = job.path("download-headers.txt"), job.path("download-curl.txt")
     for name in (path, header_path):
         if not os.path.exists(name):
             private_file(name)
-    lines = [*connection_lines(settings, link.url, link.host), b"fail\n"]
+    lines = [*connection_lines(task.settings, link.url, link.host), b"fail\n"]
     lines += [curl_line("output", path), curl_line("dump-header", header_path)]
     lines.append(b"max-filesize = %d\nspeed-limit = 1\nspeed-time = 60\n" % MAX_DOWNLOAD_BYTES)
     if link.address:
         pin = f"[{link.address}]" if ":" in link.address else link.address
         lines.append(curl_line("resolve", f"{link.host}:{link.port}:{pin}"))
     if with_key:
-        lines += key_lines(settings)
+        lines += key_lines(task.settings)
     if os.path.getsize(path):
         lines.append(b'continue-at = "-"\n')
-    end = run_curl(b"".join(lines), line_path, session, Watch(path))
+    end = run_curl(b"".join(lines), line_path, task.session, Watch(path))
     if end.signal:
         raise Interrupted(end.signal)
     if os.path.getsize(path) > MAX_DOWNLOAD_BYTES:  # before 8.4 curl trusts Content-Length
@@ -3655,26 +3655,24 @@ class Saving(NamedTuple):
     stopped: int = 0  # the signal that ended it early
 
 
-def save_pictures(
-    reply: Reply, job: Job, request: Request, target: Target, settings: Settings, session: Session
-) -> Saving:
+def save_pictures(reply: Reply, job: Job, task: Task) -> Saving:
     """Save every picture of an answer, each reported at once; a bad one stops no other."""
     pictures: list[Picture] = []
     problems: list[Failure] = []
     fallbacks = 0
     for index, source in enumerate(reply.images):
         try:
-            picture = save_picture(index, source, job, target, settings, session)
+            picture = save_picture(index, source, job, task)
         except Interrupted as stop:
             return Saving(tuple(pictures), tuple(problems), fallbacks, stop.number)
         except (Failure, OSError, ValueError) as error:
             problems.append(picture_problem(index, error))
-            session.console.error(f"{PROGRAM}: {problems[-1]}")
+            task.console.error(f"{PROGRAM}: {problems[-1]}")
             continue
         fallbacks += os.path.dirname(picture.path) == job.folder
         pictures.append(picture)
-        check_against_request(picture, request, target, settings, session.console)
-        session.console.saved(picture)
+        check_against_request(picture, task)
+        task.console.saved(picture)
     return Saving(tuple(pictures), tuple(problems), fallbacks)
 
 
@@ -3685,13 +3683,11 @@ def picture_problem(index: int, error: Exception) -> Failure:
     return Failure(f"picture {index + 1}: {why}", EXIT_UNSAVED, code=code)
 
 
-def save_picture(
-    index: int, source: ImageSource, job: Job, target: Target, settings: Settings, session: Session
-) -> Picture:
+def save_picture(index: int, source: ImageSource, job: Job, task: Task) -> Picture:
     """Save one picture where it was planned, else in the job folder, and say so."""
-    downloaded = ""
+    target, session, downloaded = task.target, task.session, ""
     if source.kind == "url" and isinstance(source.value, str):
-        downloaded = download(source.value, f"download-{index + 1}", job, settings, session)
+        downloaded = download(source.value, f"download-{index + 1}", job, task)
 
     def spare_name(suffix: str) -> str:
         return job.path(f"image-{index + 1}.{suffix}")
@@ -3727,17 +3723,16 @@ def send_to_stdout(picture: Picture) -> Picture:
     return picture._replace(path="-")
 
 
-def check_against_request(
-    picture: Picture, request: Request, target: Target, settings: Settings, console: Console
-) -> None:
+def check_against_request(picture: Picture, task: Task) -> None:
     """Warn where a picture is not what was asked for; it is kept all the same."""
+    request, target, console = task.request, task.target, task.console
     got = (picture.width, picture.height)
     name = os.path.basename(picture.path)
     if request.pixels and got != request.pixels and picture.format != "svg":
         console.warn(f"{name} is {size_text(got)}, not {size_text(request.pixels)} as asked")
     suffix = os.path.splitext(target.name)[1].lstrip(".").lower()
     asked = SUFFIX_FORMATS.get(suffix) if suffix else request.get("output_format")
-    if (asked or suffix) and asked != picture.format and not settings.sandbox:
+    if (asked or suffix) and asked != picture.format and not task.settings.sandbox:
         kept = "; its name is kept" if target.name else ""
         console.warn(f"{name} holds {picture.format}, not {asked or suffix} as asked{kept}")
     planned = os.path.join(target.folder, target.name)
@@ -3933,6 +3928,7 @@ class Outcome(NamedTuple):
     recover_id: str | None = None
     resumed: bool = False
     sandbox: bool = False
+    cost: Cost | None = None
 
 
 class StreamWatch(Watch):
@@ -3940,9 +3936,9 @@ class StreamWatch(Watch):
 
     tick = 0.5
 
-    def __init__(self, job: Job, target: Target, session: Session) -> None:
+    def __init__(self, job: Job, task: Task) -> None:
         super().__init__(job.path(ANSWER))
-        self.target, self.session = target, session
+        self.target, self.session = task.target, task.session
         self.partials: list[Picture] = []
         self.finished = 0  # pictures completed so far: the next partial is of the one after
         self.position = 0
@@ -4010,62 +4006,60 @@ class StreamWatch(Watch):
         self.session.console.say(f"Partial: {picture.path}")
 
 
-def make_watch(request: Request, job: Job, target: Target, session: Session) -> Watch:
+def make_watch(job: Job, task: Task) -> Watch:
     """Return what looks at the answer of a request as it comes."""
-    if request.get("stream"):
-        watch: Watch = StreamWatch(job, target, session)
-    else:
-        watch = Watch(job.path(ANSWER))
+    request = task.request
+    watch = StreamWatch(job, task) if request.get("stream") else Watch(job.path(ANSWER))
     usual = USUAL_TIMES.get(str(request.get("quality", "auto")), "")
     watch.usual = USUAL_TIMES.get(str(request.get("model")), usual)
     return watch
 
 
-def perform(request: Request, target: Target, settings: Settings, session: Session) -> Outcome:
+def perform(task: Task) -> Outcome:
     """Send a checked request, or finish the one under way, and save what comes."""
     find_curl()
-    job = None
-    if session.new:
-        set_aside_jobs(request, target, settings)
+    job, settings = None, task.settings
+    if task.session.new:
+        set_aside_jobs(task)
     elif not settings.sandbox:
-        job = adopt_job(request, target, settings, session.console)
+        job = adopt_job(task)
     if job:
-        session.console.say(f"resumed: job {job.id} already has this request; --new sends another")
+        task.console.say(f"resumed: job {job.id} already has this request; --new sends another")
     else:
-        job = create_job(request, target, settings, session.console)
-        announce(request, settings, session.console)
-    session.console.say(f"Job: {job.id}")
+        job = create_job(task)
+        announce(task)
+    task.console.say(f"Job: {job.id}")
     outcome = Outcome(
-        request.command, request, job_id=job.id, resumed=job.resumed, sandbox=settings.sandbox
+        task.request.command,
+        task.request,
+        job_id=job.id,
+        resumed=job.resumed,
+        sandbox=settings.sandbox,
     )
     try:
-        job, answer = deliver(job, request, target, settings, session)
+        job, answer = deliver(job, task)
     except Interrupted as stop:
         failure = stopped(stop.number, bool(job.answer_size()))
-        return settle(job, outcome._replace(failure=failure), session.console)
-    outcome = outcome._replace(answer=answer, job_id=job.id)
-    return finish_job(job, outcome, target, settings, session)
+        return settle(job, outcome._replace(failure=failure), task)
+    return finish_job(job, outcome._replace(answer=answer, job_id=job.id), task)
 
 
-def finish_job(
-    job: Job, outcome: Outcome, target: Target, settings: Settings, session: Session
-) -> Outcome:
+def finish_job(job: Job, outcome: Outcome, task: Task) -> Outcome:
     """Save what an answer holds, put it on record, and let the job go if nothing is left in it."""
     try:
-        outcome = save_answer(outcome, job, target, settings, session)
-        keep_record(outcome, target.force, settings, session)
+        outcome = save_answer(outcome, job, task)
+        keep_record(outcome, task)
     except Interrupted as stop:
         outcome = outcome._replace(failure=stopped(stop.number, True))
     except OSError as error:
         failure = Failure(f"job {job.id}: {os_reason(error)}", EXIT_UNKNOWN, maybe_billed=True)
         outcome = outcome._replace(failure=failure)
-    return settle(job, outcome, session.console)
+    return settle(job, outcome, task)
 
 
-def answer_cost(outcome: Outcome, settings: Settings) -> Cost | None:
+def answer_cost(answer: Answer, request: Request, settings: Settings) -> Cost | None:
     """Return what an answer cost, or None where no price is known."""
-    answer, request = outcome.answer, outcome.request
-    if settings.sandbox or not answer or not request:
+    if settings.sandbox:
         return None
     tokens = read_usage(answer.reply.usage)
     known = price_of(str(request.get("model")), settings)
@@ -4077,12 +4071,11 @@ def answer_cost(outcome: Outcome, settings: Settings) -> Cost | None:
     return Cost(token_cost(tokens, known[0]), known[1])
 
 
-def keep_record(outcome: Outcome, force: bool, settings: Settings, session: Session) -> None:
+def keep_record(outcome: Outcome, task: Task) -> None:
     """Write the sidecars and the history line of what was served, before its job goes."""
-    answer, request = outcome.answer, outcome.request
-    if not answer or not request or answer.verdict.kind in ("refused", "unsent"):
+    answer, request, settings = outcome.answer, task.request, task.settings
+    if not answer or answer.verdict.kind in ("refused", "unsent"):
         return
-    cost = answer_cost(outcome, settings)
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": request.command,
@@ -4090,31 +4083,32 @@ def keep_record(outcome: Outcome, force: bool, settings: Settings, session: Sess
         **{name: request.get(name) for name in ("model", "size", "quality", "prompt")},
         "paths": [picture.path for picture in outcome.pictures],
         "usage": answer.reply.usage,
-        "cost": cost._asdict() if cost else None,
+        "cost": outcome.cost._asdict() if outcome.cost else None,
         "request_id": answer.request_id,
         "seconds": round(answer.end.seconds, 2),
         "job_id": outcome.job_id,
         "outcome": answer.verdict.kind,
     }
-    if session.sidecar:
-        write_sidecars(outcome, {**entry, "request": payload(request)}, force, session)
+    if task.session.sidecar:
+        write_sidecars(outcome.pictures, {**entry, "request": payload(request)}, task)
     if settings.history and not settings.sandbox:
-        append_history(entry, session.console)
+        append_history(entry, task.console)
 
 
-def write_sidecars(outcome: Outcome, entry: dict[str, Any], force: bool, session: Session) -> None:
+def write_sidecars(pictures: Sequence[Picture], entry: dict[str, Any], task: Task) -> None:
     """Write PICTURE.json beside each picture; a fault is a warning, as the picture is there."""
-    for picture in outcome.pictures:
+    console = task.console
+    for picture in pictures:
         text = json.dumps({**entry, "picture": picture._asdict()}, indent=1)
         temporary = f"{picture.path}.{os.urandom(4).hex()}.part"
         try:
-            private_file(temporary, session.console.scrub(text).encode("ascii"))
-            open_to_others(temporary, session.mode)
-            path = publish(temporary, f"{picture.path}.json", force)
+            private_file(temporary, console.scrub(text).encode("ascii"))
+            open_to_others(temporary, task.session.mode)
+            path = publish(temporary, f"{picture.path}.json", task.target.force)
             if path != f"{picture.path}.json":
-                session.console.warn(f"{picture.path}.json appeared meanwhile; wrote {path}")
+                console.warn(f"{picture.path}.json appeared meanwhile; wrote {path}")
         except OSError as error:
-            session.console.warn(f"cannot write {picture.path}.json: {os_reason(error)}")
+            console.warn(f"cannot write {picture.path}.json: {os_reason(error)}")
         finally:
             remove_file(temporary)
 
@@ -4134,11 +4128,11 @@ def append_history(entry: dict[str, Any], console: Console) -> None:
         console.warn(f"cannot write {path}: {os_reason(error)}")
 
 
-def announce(request: Request, settings: Settings, console: Console) -> None:
+def announce(task: Task) -> None:
     """Say what is sent, in one line."""
-    words = [request.get("model"), request.get("size"), request.get("quality")]
+    words = [task.request.get(name) for name in ("model", "size", "quality")]
     shown = " ".join(str(word) for word in words if word)
-    console.say(f"POST {settings.base.url}/images/{request.endpoint} {shown}")
+    task.console.say(f"POST {task.settings.base.url}/images/{task.request.endpoint} {shown}")
 
 
 def stopped(number: int, answered: bool, unsent: bool = False) -> Failure:
@@ -4153,39 +4147,37 @@ def stopped(number: int, answered: bool, unsent: bool = False) -> Failure:
     )
 
 
-def deliver(
-    job: Job, request: Request, target: Target, settings: Settings, session: Session
-) -> tuple[Job, Answer]:
+def deliver(job: Job, task: Task) -> tuple[Job, Answer]:
     """Send until there is a verdict that another try can't better; return the job and it.
 
     Only what was certainly not served is sent again, unless --retry-unsafe; then the earlier
     answer keeps its own job folder.
     """
-    attempt, job_now = 1, job
+    attempt, job_now, settings, console = 1, job, task.settings, task.console
     while True:
-        watch = make_watch(request, job_now, target, session)
+        watch = make_watch(job_now, task)
         try:
             if attempt == 1 and job.resumed:
-                end = await_curl(job_now, watch, session)
+                end = await_curl(job_now, watch, console)
             else:
-                end = post(job_now, request, settings, watch, session)
+                end = post(job_now, watch, task)
         except Failure as unsent:
             return job_now, Answer(Verdict("unsent", unsent), Reply("empty"), CurlEnd(None), {}, 0)
         watch.look()
-        answer = read_answer(job_now, end, settings, session.console, attempt)
+        answer = read_answer(job_now, end, task, attempt)
         if isinstance(watch, StreamWatch):
             answer = answer._replace(partials=tuple(watch.partials))
         verdict = answer.verdict
         if answer.end.status:
-            session.console.say(f"HTTP {end.status} in {end.seconds:.1f} s")
-        unsafe = session.retry_unsafe and verdict.kind == "unknown"
+            console.say(f"HTTP {end.status} in {end.seconds:.1f} s")
+        unsafe = task.session.retry_unsafe and verdict.kind == "unknown"
         if end.signal or attempt > settings.retries or not (verdict.retry or unsafe):
             return job_now, answer
         if verdict.wait is not None and verdict.wait > MAX_WAIT_SECONDS:
             return job_now, answer._replace(verdict=too_long(verdict))
         delay = retry_delay(attempt, verdict.wait)
         left = f"{attempt} of {settings.retries}"
-        session.console.say(f"{verdict.failure}; trying again in {delay:.1f} s ({left})")
+        console.say(f"{verdict.failure}; trying again in {delay:.1f} s ({left})")
         try:
             SIGNALS.pause(delay)
         except Interrupted as stop:
@@ -4194,22 +4186,22 @@ def deliver(
         attempt += 1
         if unsafe:
             try:
-                spare = create_job(request, target, settings, session.console)
+                spare = create_job(task)
             except Failure:
                 return job_now, answer
-            settle(job_now, Outcome(request.command, request), session.console)
+            settle(job_now, Outcome(task.request.command, task.request), task)
             job_now = spare
 
 
-def post(job: Job, request: Request, settings: Settings, watch: Watch, session: Session) -> CurlEnd:
+def post(job: Job, watch: Watch, task: Task) -> CurlEnd:
     """Run curl for the paid POST. Raises Failure where nothing could be sent."""
     if SIGNALS.number:
         raise stopped(SIGNALS.number, False, unsent=True)
-    config = post_config(job, request, settings)
+    config = post_config(job, task)
     for name in (ANSWER, HEADERS):  # curl empties its output with the first byte only
         os.truncate(job.path(name), 0)
     SIGNALS.sent = True
-    return run_curl(config, job.path(CURL_LINE), session, watch)
+    return run_curl(config, job.path(CURL_LINE), task.session, watch)
 
 
 def too_long(verdict: Verdict) -> Verdict:
@@ -4220,9 +4212,9 @@ def too_long(verdict: Verdict) -> Verdict:
     return verdict._replace(retry=False)
 
 
-def await_curl(job: Job, watch: Watch, session: Session) -> CurlEnd:
+def await_curl(job: Job, watch: Watch, console: Console) -> CurlEnd:
     """Wait for the curl of a job whose script is gone, and return how it ended."""
-    progress = Progress(session.console, watch.usual)
+    progress = Progress(console, watch.usual)
     started = time.monotonic()
     try:
         while curl_lives(job):
@@ -4235,37 +4227,32 @@ def await_curl(job: Job, watch: Watch, session: Session) -> CurlEnd:
 
 
 def read_answer(
-    job: Job,
-    end: CurlEnd,
-    settings: Settings,
-    console: Console,
-    attempts: int = 1,
-    salvage: bool = False,
+    job: Job, end: CurlEnd, task: Task, attempts: int = 1, salvage: bool = False
 ) -> Answer:
     """Read what an attempt left in the job folder and judge it."""
-    headers = read_headers_file(job.path(HEADERS))
+    console, headers = task.console, read_headers_file(job.path(HEADERS))
     reply = read_reply(job.path(ANSWER), salvage)
     reply = reply._replace(excerpt=console.scrub(reply.excerpt)[:200])
     if reply.error:
         parts = (console.scrub(part) for part in reply.error)
         reply = reply._replace(error=ApiError(*(printable(part, 600) for part in parts)))
-    return Answer(judge(end, headers, reply, settings), reply, end, headers, attempts)
+    return Answer(judge(end, headers, reply, task.settings), reply, end, headers, attempts)
 
 
-def save_answer(
-    outcome: Outcome, job: Job, target: Target, settings: Settings, session: Session
-) -> Outcome:
+def save_answer(outcome: Outcome, job: Job, task: Task) -> Outcome:
     """Save the pictures of an answer, if it has some, and say what came of it."""
-    answer, request = outcome.answer, outcome.request
-    assert answer and request, "deliver comes first"
+    answer = outcome.answer
+    assert answer, "deliver comes first"
+    outcome = outcome._replace(cost=answer_cost(answer, task.request, task.settings))
     if answer.verdict.failure and not answer.reply.images:
         failure = answer.verdict.failure
         sent = answer.verdict.kind == "unknown"
         if answer.end.signal and (sent or answer.verdict.retry):
             failure = stopped(answer.end.signal, bool(job.answer_size()), not sent)
         return outcome._replace(failure=failure)
-    saving = save_pictures(answer.reply, job, request, target, settings, session)
-    return outcome._replace(pictures=saving.pictures, failure=saving_failure(saving, request.total))
+    saving = save_pictures(answer.reply, job, task)
+    lacking = saving_failure(saving, task.request.total)
+    return outcome._replace(pictures=saving.pictures, failure=lacking)
 
 
 def saving_failure(saving: Saving, asked: int) -> Failure | None:
@@ -4284,7 +4271,7 @@ def saving_failure(saving: Saving, asked: int) -> Failure | None:
     return None
 
 
-def settle(job: Job, outcome: Outcome, console: Console) -> Outcome:
+def settle(job: Job, outcome: Outcome, task: Task) -> Outcome:
     """Remove a job that has nothing left to give; keep any other, without the key."""
     failure, answer = outcome.failure, outcome.answer
     all_saved = bool(outcome.pictures) and not any(
@@ -4297,7 +4284,7 @@ def settle(job: Job, outcome: Outcome, console: Console) -> Outcome:
     if done or not served:
         remove_job(job)
         return outcome
-    blank_secrets(job, console)
+    blank_secrets(job, task.console)
     set_status(job, "kept" if came else "unknown")
     alive = bool(job.answer_size()) or curl_lives(job)
     job.lock.close()
@@ -4318,23 +4305,20 @@ def recover_command(job_id: str) -> str:
     return " ".join(quoted(word) for word in words)
 
 
-def usage_line(answer: Answer, cost: Cost | None) -> str:
+def usage_line(outcome: Outcome) -> str:
     """Return `281 tokens, $0.0083`, as far as it is known."""
-    tokens = read_usage(answer.reply.usage)
+    tokens = read_usage(outcome.answer.reply.usage) if outcome.answer else None
     words = [f"{tokens.total} tokens"] if tokens else []
-    return ", ".join([*words, *([str(cost)] if cost else [])])
+    return ", ".join([*words, *([str(outcome.cost)] if outcome.cost else [])])
 
 
-def report(outcome: Outcome, settings: Settings, session: Session) -> int:
+def report(outcome: Outcome, console: Console) -> int:
     """Print what an outcome came to and return the exit code."""
-    console, answer, failure = session.console, outcome.answer, outcome.failure
-    cost = answer_cost(outcome, settings)
-    if answer and outcome.pictures:
-        line = usage_line(answer, cost)
-        if line:
-            console.say(line)
+    failure, line = outcome.failure, usage_line(outcome)
+    if outcome.pictures and line:
+        console.say(line)
     if console.json:
-        console.document(outcome_document(outcome, cost, console))
+        console.document(outcome_document(outcome, console))
     if failure:
         console.error(f"{PROGRAM}: {failure}")
     again = outcome.command != "recover" or bool(failure and failure.code == "interrupted")
@@ -4366,9 +4350,9 @@ def failure_document(failure: Failure, console: Console) -> dict[str, Any]:
     }
 
 
-def outcome_document(outcome: Outcome, cost: Cost | None, console: Console) -> dict[str, Any]:
+def outcome_document(outcome: Outcome, console: Console) -> dict[str, Any]:
     """Return the one JSON document of a request."""
-    answer, request = outcome.answer, outcome.request
+    answer, request, cost = outcome.answer, outcome.request, outcome.cost
     usage = answer.reply.usage if answer else None
     return {
         **base_document(outcome.command, outcome.failure, console),
@@ -4400,8 +4384,9 @@ def masked_headers(headers: dict[str, str]) -> dict[str, str]:
     return {name: "****" if SECRET_NAMES.search(name) else headers[name] for name in headers}
 
 
-def dry_run_document(request: Request, target: Target, settings: Settings) -> dict[str, Any]:
+def dry_run_document(task: Task) -> dict[str, Any]:
     """Return what would be sent, from the same values; the key masked, nothing made."""
+    request, target, settings = task[:3]
     estimate = estimate_cost(request, settings)
     name = settings.auth_header.partition(":")[0]
     parts = form_files(request, settings.image_field)
@@ -4454,14 +4439,13 @@ def pasteable_command(request: Request, settings: Settings) -> str:
     return f"{feed}curl -q \\\n  {command}"
 
 
-def show_dry_run(request: Request, target: Target, settings: Settings, session: Session) -> int:
+def show_dry_run(task: Task) -> int:
     """Print what would be sent and where the pictures would go; create nothing."""
-    document, console = dry_run_document(request, target, settings), session.console
+    document, console, command = dry_run_document(task), task.console, task.request.command
     if console.verbose:
-        document["curl"] = pasteable_command(request, settings)
+        document["curl"] = pasteable_command(task.request, task.settings)
     if console.json:
-        console.document({**base_document(request.command, None, console), "dry_run": document})
-        return EXIT_OK
+        return emit_document(command, {"dry_run": document}, console)
     console.emit(f"POST {document['endpoint']}")
     for name, text in document["headers"].items():
         console.emit(f"  {name}: {text}")
@@ -4472,7 +4456,7 @@ def show_dry_run(request: Request, target: Target, settings: Settings, session: 
         console.emit(f"  {file['field']}: {where} ({file['media_type']}, {file['bytes']} bytes)")
     for path in document["paths"]:
         console.emit(f"would save: {path}")
-    estimate = estimate_cost(request, settings)
+    estimate = estimate_cost(task.request, task.settings)
     console.emit(f"estimate: {estimate or 'no price is known here'}")
     if console.verbose:
         console.emit(document["curl"])
@@ -4802,11 +4786,11 @@ def command_image(args: Args, session: Session) -> int:
         raise Failure("-o - leaves no file that --sidecar could lie beside")
     check_target(target, bool(args.sidecar))
     if args.dry_run:
-        return show_dry_run(request, target, settings, session)
+        return show_dry_run(Task(request, target, settings, session))
     check_connection(settings)
     if settings.sandbox:
         settings = start_sandbox(settings)
-    return report(perform(request, target, settings, session), settings, session)
+    return report(perform(Task(request, target, settings, session)), console)
 
 
 def command_recover(args: Args, session: Session) -> int:
@@ -4818,7 +4802,7 @@ def command_recover(args: Args, session: Session) -> int:
         chosen = choose_jobs(args, folders)
         settings = resolve_settings(args, session.console)
         outcomes = [recover_job(folder, args, settings, session) for folder in chosen]
-        return report_recovered(outcomes, settings, session)
+        return report_recovered(outcomes, session.console)
     rows = [job_row(folder) for folder in folders]
     if session.console.json:
         return emit_document("recover", {"jobs": rows}, session.console)
@@ -4887,24 +4871,24 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
         failure = Failure(f"job {job_id}: its curl still runs", EXIT_UNSAVED, hint="wait for it")
         return empty._replace(failure=failure, recover_id=job_id)
     try:
-        request, target, settings = recovered_values(record, args, settings)
-        end = await_curl(job, Watch(job.path(ANSWER)), session)
-        answer = read_answer(job, end, settings, session.console, salvage=True)
-    except Interrupted as stop:
-        failure = stopped(stop.number, bool(job.answer_size()))
-        return settle(job, empty._replace(failure=failure), session.console)
+        task = recovered_task(record, args, settings, session)
     except Failure as fault:
         job.lock.close()
         return empty._replace(failure=fault, recover_id=job_id)
-    outcome = empty._replace(request=request, answer=answer)
-    outcome = finish_job(job, outcome, target, settings, session)
+    try:
+        end = await_curl(job, Watch(job.path(ANSWER)), session.console)
+        answer = read_answer(job, end, task, salvage=True)
+    except Interrupted as stop:
+        failure = stopped(stop.number, bool(job.answer_size()))
+        return settle(job, empty._replace(failure=failure), task)
+    outcome = finish_job(job, empty._replace(request=task.request, answer=answer), task)
     return outcome._replace(failure=recover_failure(outcome))
 
 
-def recovered_values(
-    record: dict[str, Any], args: Args, settings: Settings
-) -> tuple[Request, Target, Settings]:
-    """Return request, target and settings of a job as its record tells them."""
+def recovered_task(
+    record: dict[str, Any], args: Args, settings: Settings, session: Session
+) -> Task:
+    """Return a job's request, target and settings as its record tells them."""
     fields = tuple((name, value) for name, value in record["fields"])
     request = Request(record["command"], record["endpoint"], fields)
     target = read_target(record)._replace(stdout=False, force=bool(args.force))
@@ -4919,7 +4903,8 @@ def recovered_values(
         settings = settings._replace(key=None)
     sandbox = bool(record.get("sandbox"))
     provider = PROVIDERS.get(str(record.get("provider")), find_provider(base.host))
-    return request, target, settings._replace(base=base, provider=provider, sandbox=sandbox)
+    settings = settings._replace(base=base, provider=provider, sandbox=sandbox)
+    return Task(request, target, settings, session)
 
 
 def recover_failure(outcome: Outcome) -> Failure | None:
@@ -4937,13 +4922,12 @@ def recover_failure(outcome: Outcome) -> Failure | None:
     return recovered
 
 
-def report_recovered(outcomes: list[Outcome], settings: Settings, session: Session) -> int:
+def report_recovered(outcomes: list[Outcome], console: Console) -> int:
     """Print what one or many recovered jobs came to; one JSON document in either case."""
-    console = session.console
     if len(outcomes) == 1:
-        return report(outcomes[0], settings, session)
+        return report(outcomes[0], console)
     codes = set()
-    documents = [outcome_document(outcome, None, console) for outcome in outcomes]
+    documents = [outcome_document(outcome, console) for outcome in outcomes]
     for outcome in outcomes:
         codes.add(outcome.failure.exit_code if outcome.failure else EXIT_OK)
         if outcome.failure:
@@ -5122,7 +5106,7 @@ def provider_template(provider: Provider | None) -> dict[str, Any]:
     if not provider or provider.name == "generic":
         return {}
     base = {"base_url": provider.base_url, "api_key_env": provider.key_env}
-    return {**base, **dict(provider.template)}
+    return {**base, **TEMPLATES.get(provider.name, {})}
 
 
 def config_template(args: Args) -> dict[str, Any]:
@@ -5667,7 +5651,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # the current folder is gone, say
         failure = Failure(os_reason(error), EXIT_REFUSED)
     if console.json:
-        console.document(outcome_document(Outcome(command, failure=failure), None, console))
+        console.document(outcome_document(Outcome(command, failure=failure), console))
     console.error(f"{PROGRAM}: {failure}")
     return failure.exit_code
 
