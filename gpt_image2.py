@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import time
+from _thread import allocate_lock, get_ident
 from stat import S_ISDIR
 from typing import IO, Any, Callable, Dict, Iterable, Iterator, NamedTuple, Sequence, Tuple
 
@@ -275,6 +276,7 @@ CURL_EXITS = {
 """)
 }
 CONNECT_TIMEOUT = CurlExit("no connection in time", "check base_url, network, proxy", True)
+NOT_STARTED = CurlExit("no connection had come about", "", True)
 
 # The API's error codes (SDK, and threads named in each hint's place): exit code, hint.
 POLICY_HINT = "the content policy refused it: change the prompt or the pictures"
@@ -604,10 +606,18 @@ class Console:
         self.quiet = quiet
         self.verbose = verbose
         self.json = json
+        self.name = PROGRAM  # what leads a message
         self.warnings: list[str] = []
         self.secrets: list[str] = []
         self.stdout_is_data = False  # -o -: the picture's bytes own it
         self.on_line: Callable[[], None] = lambda: None  # clears a spinner first
+        self.lock = allocate_lock()  # a batch's threads share the terminal
+
+    @property
+    def live(self) -> bool:
+        """Whether a line on the terminal may be written over and over."""
+        shown = not self.quiet and bool(sys.stderr) and sys.stderr.isatty()
+        return shown and os.environ.get("TERM") != "dumb"
 
     def keep_secret(self, secret: str) -> None:
         """Blank this text, in all its spellings, in whatever is printed from now on."""
@@ -620,10 +630,15 @@ class Console:
             text = text.replace(secret, "****")
         return text
 
+    def put(self, stream: Any, data: bytes) -> bool:
+        """Write one line, alone; False where the stream is closed, full or a dead pipe."""
+        with self.lock:
+            self.on_line()
+            return write_stream(stream, data)
+
     def error(self, text: str) -> None:
         """Print one line on stderr, with --quiet too."""
-        self.on_line()
-        write_stream(sys.stderr, line_bytes(UNPRINTABLE.sub(" ", self.scrub(text))[:4000]))
+        self.put(sys.stderr, line_bytes(UNPRINTABLE.sub(" ", self.scrub(text))[:4000]))
 
     def say(self, text: str) -> None:
         """Print one line on stderr."""
@@ -634,13 +649,13 @@ class Console:
         """Print a warning once and keep it for the JSON document."""
         if text not in self.warnings:
             self.warnings.append(self.scrub(text))
-            self.say(f"{PROGRAM}: warning: {text}")
+            if not self.quiet:
+                self.error(f"{self.name}: warning: {text}")
 
     def emit(self, text: str) -> None:
         """Print one line of result on stdout; a stdout that is gone is told on stderr, once."""
-        self.on_line()
         data = line_bytes(self.scrub(text))
-        if not write_stream(sys.stderr if self.stdout_is_data else sys.stdout, data):
+        if not self.put(sys.stderr if self.stdout_is_data else sys.stdout, data):
             self.error(f"{PROGRAM}: stdout is closed or full; it would have said: {text[:500]}")
 
     def saved(self, picture: Picture) -> None:
@@ -652,6 +667,25 @@ class Console:
     def document(self, value: dict[str, Any]) -> None:
         """Print one JSON document on stdout."""
         self.emit(json.dumps(value, ensure_ascii=True))
+
+
+class JobConsole(Console):
+    """The console of one job in a batch: warnings of its own, its name before each message."""
+
+    def __init__(self, parent: Console, label: str) -> None:
+        super().__init__(quiet=parent.quiet, verbose=parent.verbose, json=parent.json)
+        self.name, self.secrets = f"{PROGRAM}: {label}", parent.secrets
+        self.put = parent.put  # type: ignore[method-assign]
+
+    @property
+    def live(self) -> bool:
+        """A batch has one line for all its jobs."""
+        return False
+
+    def say(self, text: str) -> None:
+        """Print one line on stderr, with --verbose only: a batch has many of each."""
+        if self.verbose and not self.quiet:
+            self.error(f"{self.name}: {text}")
 
 
 def write_stream(stream: Any, data: bytes) -> bool:
@@ -682,8 +716,7 @@ class Progress:
         self.console = console
         self.usual = f" (usually {usual})" if usual else ""
         self.started = time.monotonic()
-        self.live = not console.quiet and bool(sys.stderr) and sys.stderr.isatty()
-        self.live = self.live and os.environ.get("TERM") != "dumb"
+        self.live = console.live
         self.interval = 0.2 if self.live else 30.0
         self.shown = self.started
         self.turns = 0
@@ -729,6 +762,7 @@ class Signals:
         self.number = 0
         self.waiting = False
         self.sent = False  # a curl has been started
+        self.main = get_ident()  # signals reach this thread alone
 
     def install(self, handler: Any = None) -> None:
         """Take the signals over, but for those that our parent told us to ignore (nohup)."""
@@ -761,10 +795,15 @@ class Signals:
     def __enter__(self) -> None:
         if self.number:
             raise Interrupted(self.number)
-        self.waiting = True
+        self.waiting = self.waiting or self.in_main
 
     def __exit__(self, *_: object) -> None:
-        self.waiting = False
+        self.waiting = self.waiting and not self.in_main
+
+    @property
+    def in_main(self) -> bool:
+        """Whether this is the thread that signals interrupt; any other has to look for them."""
+        return get_ident() == self.main
 
 
 SIGNALS = Signals()  # signals are the process's own, so there is one of these
@@ -2085,6 +2124,24 @@ def check_folder(folder: str) -> None:
         raise Failure(f"cannot write in {place}: {os_reason(error)}") from None
 
 
+class Keeper:
+    """Keeps the pace and the books of the jobs: here for one call, a batch has its own."""
+
+    patience: float = MAX_WAIT_SECONDS  # a longer Retry-After is not waited for
+    detached = False  # whether curl goes on without us after a signal, for a later call to take up
+    mark: dict[str, Any] | None = None  # what job.json says of the batch
+
+    def sending(self, job: Job) -> None:
+        """Hear that a POST is about to leave, and hold it back while it must not."""
+
+    def pause(self, seconds: float) -> None:
+        """Wait as a server asked."""
+        SIGNALS.pause(seconds)
+
+    def done(self, job: Job, outcome: Outcome) -> None:
+        """Hear what came of a job, before its folder may go."""
+
+
 class Session(NamedTuple):
     """What one call of the program carries along: its terminal and its wishes."""
 
@@ -2094,6 +2151,8 @@ class Session(NamedTuple):
     digest: bool = False  # compute each picture's sha256
     sidecar: bool = False
     mode: int = 0o644  # what the umask leaves of 0666; read once, as threads race on it
+    keeper: Keeper = Keeper()
+    root: str = ""  # the folder for jobs, if it was tried before
 
 
 class Task(NamedTuple):
@@ -2119,6 +2178,9 @@ class Task(NamedTuple):
 HISTORY = "history.jsonl"
 RECORD, LOCK, ANSWER = "job.json", "lock", "response.json"
 HEADERS, CURL_LINE = "headers.txt", "curl.txt"
+# curl empties its headers' file before it connects, so one that still holds this was not touched:
+# nothing was sent (tried with 7.88; in its source, from 7.58 to 8.20, the same).
+UNTOUCHED = b"\n"
 JOB_ID = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{12}")
 
 
@@ -2145,10 +2207,25 @@ class Job(NamedTuple):
 
     def answer_size(self, name: str = ANSWER) -> int:
         """Return how many bytes of the answer's body (or of its headers) have come."""
-        try:
-            return os.path.getsize(self.path(name))
-        except OSError:
-            return 0
+        return file_size(self.path(name))
+
+    @property
+    def answered(self) -> bool:
+        """Whether anything of an answer has come."""
+        return bool(self.answer_size()) or self.answer_size(HEADERS) > len(UNTOUCHED)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether curl never came as far as connecting."""
+        return not self.answer_size() and self.answer_size(HEADERS) == len(UNTOUCHED)
+
+
+def file_size(path: str) -> int:
+    """Return a file's size in bytes, 0 for one that is not there."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def private_file(path: str, data: bytes = b"") -> None:
@@ -2326,13 +2403,13 @@ def job_record(task: Task) -> dict[str, Any]:
         "pid": os.getpid(),
         "status": "sending",
         "sandbox": settings.sandbox,
+        "batch": task.session.keeper.mark,
     }
 
 
 def create_job(task: Task) -> Job:
     """Make the job folder with everything that curl will read. Raises Failure (nothing sent)."""
-    root = jobs_folder(task.console, task.request.total)
-    sweep_jobs()
+    root = task.session.root or open_jobs_folder(task.console, task.request.total)
     record = job_record(task)
     stamp = job_stamp(time.time())
     folder = os.path.join(root, f"{stamp}-{record['hash'][:8]}{os.urandom(2).hex()}")
@@ -2343,13 +2420,21 @@ def create_job(task: Task) -> Job:
         assert lock, "a new lock is free"
         job = Job(folder, lock)
         write_body(job, task.request)
-        for name in (ANSWER, HEADERS, CURL_LINE):
+        for name in (ANSWER, CURL_LINE):
             private_file(job.path(name))  # curl would make them 0644
+        private_file(job.path(HEADERS), UNTOUCHED)
         write_record(folder, record)
     except OSError as error:
         remove_folder(folder)
         raise Failure(f"cannot keep the job in {folder}: {os_reason(error)}") from None
     return job
+
+
+def open_jobs_folder(console: Console, pictures: int) -> str:
+    """Return the folder for new jobs, with room for so many pictures, swept of what is too old."""
+    root = jobs_folder(console, pictures)
+    sweep_jobs()
+    return root
 
 
 def write_body(job: Job, request: Request) -> None:
@@ -2380,7 +2465,8 @@ def same_jobs(task: Task) -> Iterator[Job]:
         theirs = read_target(record)
         if theirs[:2] != target[:2] or theirs.stdout != target.stdout:
             continue
-        if record.get("base_url") == base_url and record.get("status") != "set aside":
+        passed_over = record.get("status") == "set aside" or record.get("batch")
+        if record["base_url"] == base_url and not passed_over:
             job = take_job(folder)
             if job:
                 yield job
@@ -2393,8 +2479,11 @@ def adopt_job(task: Task) -> Job | None:
     taken by one process only.
     """
     for job in same_jobs(task):
-        if job.answer_size() or job.answer_size(HEADERS) or curl_lives(job):
+        if curl_lives(job) or job.answered:
             return job._replace(resumed=True)
+        if job.untouched:
+            remove_job(job)
+            continue
         job.lock.close()
         task.console.warn(f"job {job.id}, the same request, ended without an answer: maybe billed")
     return None
@@ -2525,10 +2614,7 @@ class Watch:
 
     def look(self) -> int:
         """Return how many bytes have come."""
-        try:
-            return os.path.getsize(self.path)
-        except OSError:
-            return 0
+        return file_size(self.path)
 
 
 def curl_line(option: str, value: str) -> bytes:
@@ -2685,7 +2771,8 @@ def run_curl(
     except Interrupted as stop:
         stopped = stop.number
         errors = stop_curl(process, session, watch)
-        SIGNALS.number = 0  # CurlEnd carries it now; an answer that came all the same is saved
+        if SIGNALS.in_main:
+            SIGNALS.number = 0  # CurlEnd carries it now; an answer that came is saved all the same
     status, sent = read_curl_line(line_path)
     message = session.console.scrub(printable(errors.decode("utf-8", "replace"), 300))
     seconds = time.monotonic() - started
@@ -2726,7 +2813,7 @@ def wait_for_curl(process: Any, session: Session, watch: Watch, limit: float) ->
     import subprocess
 
     progress = Progress(session.console, watch.usual)
-    tick = min(progress.interval, watch.tick)
+    tick = min(progress.interval, watch.tick, 30.0 if SIGNALS.in_main else 1.0)
     try:
         while True:
             try:
@@ -2746,12 +2833,15 @@ def stop_curl(process: Any, session: Session, watch: Watch) -> bytes:
     """End curl after a signal: an answer that has begun gets 10 s first, a second signal none."""
     import subprocess
 
+    detached = session.keeper.detached
     try:
-        if process.poll() is None and watch.look():
+        if process.poll() is None and (detached or watch.look()):
             session.console.say(f"stopping; the answer gets {STOP_GRACE_SECONDS:.0f} s to finish")
             return wait_for_curl(process, session, watch, STOP_GRACE_SECONDS)
     except (Interrupted, subprocess.TimeoutExpired):
         pass
+    if detached:
+        return b""
     process.terminate()
     try:
         errors: bytes = process.communicate()[1]
@@ -3191,6 +3281,8 @@ def judge_silence(end: CurlEnd, settings: Settings) -> Verdict:
     """Judge an attempt without an HTTP answer by curl's exit code and what it had sent."""
     row = CURL_EXITS.get(end.code or 0, CurlExit("curl ended without an answer"))
     unsent = row.unsent or (end.sent == 0 and not end.signal)
+    if end.code is None and unsent:
+        row = NOT_STARTED
     if end.code == 28 and unsent:
         row = CONNECT_TIMEOUT
     if end.code == 28 and not unsent:
@@ -3622,15 +3714,27 @@ def publish(temporary: str, path: str, force: bool) -> str:
             os.link(temporary, free)
             return free
         except FileExistsError:
+            if same_bytes(temporary, free):  # we were killed here before, and go on
+                return free
             continue
         except (OSError, AttributeError, NotImplementedError):  # no hard links here
             try:
                 private_file(free)
             except FileExistsError:
+                if same_bytes(temporary, free):
+                    return free
                 continue
             os.replace(temporary, free)
             return free
     raise FileExistsError(f"no free name beside {path}")
+
+
+def same_bytes(first: str, second: str) -> bool:
+    """Return whether two files hold the same."""
+    if not os.path.isfile(second) or os.path.getsize(first) != os.path.getsize(second):
+        return False
+    with open(first, "rb") as one, open(second, "rb") as other:
+        return all(piece == other.read(WINDOW) for piece in iter(lambda: one.read(WINDOW), b""))
 
 
 def sync_folder(folder: str) -> None:
@@ -3667,7 +3771,7 @@ def save_pictures(reply: Reply, job: Job, task: Task) -> Saving:
             return Saving(tuple(pictures), tuple(problems), fallbacks, stop.number)
         except (Failure, OSError, ValueError) as error:
             problems.append(picture_problem(index, error))
-            task.console.error(f"{PROGRAM}: {problems[-1]}")
+            task.console.error(f"{task.console.name}: {problems[-1]}")
             continue
         fallbacks += os.path.dirname(picture.path) == job.folder
         pictures.append(picture)
@@ -4018,34 +4122,35 @@ def make_watch(job: Job, task: Task) -> Watch:
 def perform(task: Task) -> Outcome:
     """Send a checked request, or finish the one under way, and save what comes."""
     find_curl()
-    job, settings = None, task.settings
+    job = None
     if task.session.new:
         set_aside_jobs(task)
-    elif not settings.sandbox:
+    elif not task.settings.sandbox:
         job = adopt_job(task)
     if job:
         task.console.say(f"resumed: job {job.id} already has this request; --new sends another")
     else:
         job = create_job(task)
         announce(task)
+    return carry_out(job, task)
+
+
+def carry_out(job: Job, task: Task) -> Outcome:
+    """Bring a job, new or resumed, to its end."""
+    request, sandbox = task.request, task.settings.sandbox
     task.console.say(f"Job: {job.id}")
-    outcome = Outcome(
-        task.request.command,
-        task.request,
-        job_id=job.id,
-        resumed=job.resumed,
-        sandbox=settings.sandbox,
-    )
+    outcome = Outcome(request.command, request, resumed=job.resumed, sandbox=sandbox)
     try:
         job, answer = deliver(job, task)
     except Interrupted as stop:
         failure = stopped(stop.number, bool(job.answer_size()))
         return settle(job, outcome._replace(failure=failure), task)
-    return finish_job(job, outcome._replace(answer=answer, job_id=job.id), task)
+    return finish_job(job, outcome._replace(answer=answer), task)
 
 
 def finish_job(job: Job, outcome: Outcome, task: Task) -> Outcome:
     """Save what an answer holds, put it on record, and let the job go if nothing is left in it."""
+    outcome = outcome._replace(job_id=job.id)
     try:
         outcome = save_answer(outcome, job, task)
         keep_record(outcome, task)
@@ -4173,13 +4278,13 @@ def deliver(job: Job, task: Task) -> tuple[Job, Answer]:
         unsafe = task.session.retry_unsafe and verdict.kind == "unknown"
         if end.signal or attempt > settings.retries or not (verdict.retry or unsafe):
             return job_now, answer
-        if verdict.wait is not None and verdict.wait > MAX_WAIT_SECONDS:
+        if verdict.wait is not None and verdict.wait > task.session.keeper.patience:
             return job_now, answer._replace(verdict=too_long(verdict))
         delay = retry_delay(attempt, verdict.wait)
         left = f"{attempt} of {settings.retries}"
         console.say(f"{verdict.failure}; trying again in {delay:.1f} s ({left})")
         try:
-            SIGNALS.pause(delay)
+            task.session.keeper.pause(delay)
         except Interrupted as stop:
             failure = stopped(stop.number, False, unsent=not unsafe)
             return job_now, answer._replace(verdict=verdict._replace(failure=failure))
@@ -4189,17 +4294,19 @@ def deliver(job: Job, task: Task) -> tuple[Job, Answer]:
                 spare = create_job(task)
             except Failure:
                 return job_now, answer
-            settle(job_now, Outcome(task.request.command, task.request), task)
+            let_go(job_now, Outcome(task.request.command, task.request), task)
             job_now = spare
 
 
 def post(job: Job, watch: Watch, task: Task) -> CurlEnd:
     """Run curl for the paid POST. Raises Failure where nothing could be sent."""
+    config = post_config(job, task)
+    os.truncate(job.path(ANSWER), 0)  # curl does so with the first byte only
+    with open(job.path(HEADERS), "wb") as file:
+        file.write(UNTOUCHED)
+    task.session.keeper.sending(job)
     if SIGNALS.number:
         raise stopped(SIGNALS.number, False, unsent=True)
-    config = post_config(job, task)
-    for name in (ANSWER, HEADERS):  # curl empties its output with the first byte only
-        os.truncate(job.path(name), 0)
     SIGNALS.sent = True
     return run_curl(config, job.path(CURL_LINE), task.session, watch)
 
@@ -4223,6 +4330,7 @@ def await_curl(job: Job, watch: Watch, console: Console) -> CurlEnd:
     finally:
         progress.stop()
     status, sent = read_curl_line(job.path(CURL_LINE))
+    sent = 0 if job.untouched else sent
     return CurlEnd(None, status, sent, "", time.monotonic() - started)
 
 
@@ -4272,6 +4380,13 @@ def saving_failure(saving: Saving, asked: int) -> Failure | None:
 
 
 def settle(job: Job, outcome: Outcome, task: Task) -> Outcome:
+    """End a job: its outcome is put on record before its folder may go."""
+    outcome = outcome._replace(job_id=job.id)
+    task.session.keeper.done(job, outcome)
+    return let_go(job, outcome, task)
+
+
+def let_go(job: Job, outcome: Outcome, task: Task) -> Outcome:
     """Remove a job that has nothing left to give; keep any other, without the key."""
     failure, answer = outcome.failure, outcome.answer
     all_saved = bool(outcome.pictures) and not any(
@@ -4320,7 +4435,7 @@ def report(outcome: Outcome, console: Console) -> int:
     if console.json:
         console.document(outcome_document(outcome, console))
     if failure:
-        console.error(f"{PROGRAM}: {failure}")
+        console.error(f"{console.name}: {failure}")
     again = outcome.command != "recover" or bool(failure and failure.code == "interrupted")
     if outcome.recover_id and again:  # a recover that found nothing finds nothing next time
         console.error(f"Recover: {recover_command(outcome.recover_id)}")

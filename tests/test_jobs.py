@@ -12,7 +12,7 @@ from typing import Callable
 
 from tests.faults import FIRST, FOX, FOXES, SECOND, THIRD, Stage, cut_in, held_mid_answer
 from tests.pictures import png
-from tests.support import KEY, Api, Argument, Reply, Run, answer, page, refusal
+from tests.support import KEY, Api, Argument, Child, Reply, Run, answer, page, refusal
 
 CUT = cut_in(answer(FIRST, SECOND), SECOND)
 
@@ -47,6 +47,26 @@ class TestJobFolder(Stage):
         self.assertEqual(self.files_with(KEY), [])
         release.set()
         self.check(self.finish(tool), 0)
+
+    def test_tells_whether_curl_came_as_far_as_connecting(self) -> None:
+        """curl empties its headers' file first: what is left in it says that nothing was sent."""
+        release = threading.Event()
+        api = self.serve_base(answer(FIRST)._replace(before=release))
+        tool = self.start_tool(*FOX, "-o", "fox.png")
+        api.wait_for_request()
+        (job,) = self.jobs()
+        self.assertEqual((job / "headers.txt").read_bytes(), b"")
+        release.set()
+        self.check(self.finish(tool), 0)
+
+    def test_one_that_curl_never_began_is_sent_without_a_word(self) -> None:
+        api = self.serve_base(Reply(silent=True), answer(FIRST))
+        self.check(self.run_tool(*FOX), 8)
+        (job,) = self.jobs()
+        (job / "headers.txt").write_bytes(b"\n")
+        run = self.check(self.run_tool(*FOX), 0)
+        self.assertEqual((len(api.posts), self.jobs()), (2, []))
+        self.assertNotIn("maybe billed", run.err)
 
     def test_is_closed_to_others_whatever_the_umask(self) -> None:
         self.shell('umask 0; exec "$@"')
@@ -304,9 +324,7 @@ class TestResumed(Stage):
         self.assertEqual(len(api.posts), 3)
         self.assertEqual(self.jobs(), [])
 
-    def side_by_side(
-        self, count: int, under_way: Callable[[], object]
-    ) -> list[subprocess.Popen[bytes]]:
+    def side_by_side(self, count: int, under_way: Callable[[], object]) -> list[Child]:
         """Return so many identical calls that run at once, after waiting for them."""
         tools = [self.start_tool(*FOX) for _ in range(count)]
         under_way()

@@ -21,7 +21,7 @@ TEXT = SCRIPT.read_text(encoding="utf-8")
 TREE = ast.parse(TEXT)
 
 LONGEST_FUNCTION = 60
-LIGHT_IMPORTS = {"__future__", "json", "os", "re", "stat", "sys", "time", "typing"}
+LIGHT_IMPORTS = {"_thread", "__future__", "json", "os", "re", "stat", "sys", "time", "typing"}
 WINDOWS_ONLY = {"msvcrt", "winreg"}
 # Python's, http.server's, and the private steps of a class, which its own docstring tells about.
 SPEAKING_NAMES = re.compile(r"__\w+__|do_[A-Z]+|log_message|_[a-z]\w+")
