@@ -26,7 +26,7 @@ import sys
 import time
 from _thread import allocate_lock, get_ident
 from stat import S_ISDIR
-from typing import IO, Any, Callable, Dict, Iterable, Iterator, NamedTuple, Sequence, Tuple
+from typing import IO, Any, Callable, Dict, Iterable, Iterator, Mapping, NamedTuple, Sequence, Tuple
 
 __version__ = "0.1.0"
 
@@ -422,6 +422,7 @@ class Args:
     api_key_env: str | None = None
     config: str | None = None
     port: int = 0
+    concurrency: int = 4
     older_than: int = 7 * 86400  # seconds
 
     def __getattr__(self, name: str) -> Any:
@@ -712,6 +713,8 @@ def silence(stream: Any) -> None:
 class Progress:
     """Shows that a long wait is alive: a spinner on a terminal, a line every 30 s elsewhere."""
 
+    lead = "waiting: "
+
     def __init__(self, console: Console, usual: str = "") -> None:
         self.console = console
         self.usual = f" (usually {usual})" if usual else ""
@@ -728,16 +731,21 @@ class Progress:
         now = time.monotonic()
         if now - self.shown < self.interval * 0.9:
             return
-        self.shown, seconds = now, int(now - self.started)
-        text = f"{seconds} s{self.usual}"
-        if received:
-            text = f"{seconds} s, {received // 1024} KB received"
+        self.shown = now
+        text = self.text(int(now - self.started), received)
         self.turns += 1
         if self.live:
             mark = "|/-\\"[self.turns % 4]
-            write_stream(sys.stderr, f"\r\x1b[K{mark} {text}".encode())
+            with self.console.lock:
+                write_stream(sys.stderr, f"\r\x1b[K{mark} {text}".encode())
         else:
-            self.console.say(f"waiting: {text}")
+            self.console.say(f"{self.lead}{text}")
+
+    def text(self, seconds: int, received: int) -> str:
+        """Return what is shown after so many seconds and bytes."""
+        if received:
+            return f"{seconds} s, {received // 1024} KB received"
+        return f"{seconds} s{self.usual}"
 
     def clear(self) -> None:
         """Take the spinner off the line."""
@@ -1757,18 +1765,10 @@ def ask_from_args(args: Args, settings: Settings) -> Ask:
             f"one prompt, please: {len(words) + 1} were given, {words[0]!r} first",
             hint="put it in quotes; to work on pictures use edit",
         )
-    options = {f.name: getattr(args, f.dest) for f in FIELDS}
-    for field in FIELDS:
-        setting = settings.table.get("format" if field.name == "output_format" else field.name)
-        if setting and setting.value is not None:
-            options[field.name] = setting.value
-    suffix = os.path.splitext(args.output or "")[1].lstrip(".").lower()
-    if suffix in SUFFIX_FORMATS and not args.format:
-        options["output_format"] = SUFFIX_FORMATS[suffix]  # -o is a flag: it beats the config
     return Ask(
         args.command,
         prompt,
-        {name: value for name, value in options.items() if value is not None},
+        chosen_options(args, settings, args.output),
         tuple(args.param or ()),
         images,
         args.mask,
@@ -1776,6 +1776,19 @@ def ask_from_args(args: Args, settings: Settings) -> Ask:
         args.markup,
         args.nearest_size,
     )
+
+
+def chosen_options(args: Args, settings: Settings, output: str | None) -> dict[str, Any]:
+    """Return the API's options by name: flags, then settings, and the format that `output` says."""
+    options = {field.name: getattr(args, field.dest) for field in FIELDS}
+    for field in FIELDS:
+        setting = settings.table.get("format" if field.name == "output_format" else field.name)
+        if setting and setting.value is not None:
+            options[field.name] = setting.value
+    suffix = os.path.splitext(output or "")[1].lstrip(".").lower()
+    if suffix in SUFFIX_FORMATS and not args.format:
+        options["output_format"] = SUFFIX_FORMATS[suffix]  # -o is a flag: it beats the config
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def build_request(ask: Ask, settings: Settings, console: Console) -> Request:
@@ -2130,6 +2143,7 @@ class Keeper:
     patience: float = MAX_WAIT_SECONDS  # a longer Retry-After is not waited for
     detached = False  # whether curl goes on without us after a signal, for a later call to take up
     mark: dict[str, Any] | None = None  # what job.json says of the batch
+    entry: Mapping[str, Any] = {}  # what the batch's journal says of the job
 
     def sending(self, job: Job) -> None:
         """Hear that a POST is about to leave, and hold it back while it must not."""
@@ -4182,7 +4196,7 @@ def keep_record(outcome: Outcome, task: Task) -> None:
     if not answer or answer.verdict.kind in ("refused", "unsent"):
         return
     entry = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": utc_now(),
         "command": request.command,
         "host": settings.base.host,
         **{name: request.get(name) for name in ("model", "size", "quality", "prompt")},
@@ -4223,12 +4237,8 @@ def append_history(entry: dict[str, Any], console: Console) -> None:
     path = os.path.join(state_root(), HISTORY)
     line = console.scrub(json.dumps(entry, ensure_ascii=True)) + "\n"
     try:
-        flags = os.O_CREAT | os.O_APPEND | os.O_RDWR
-        with open(os.open(path, flags, 0o600), "a+b", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - 1))
-            torn = file.read(1) not in (b"", b"\n")  # somebody was killed here
-            file.write(b"\n" * torn + line.encode("ascii"))
+        with open_lines(path) as file:
+            write_line(file, line)
     except OSError as error:
         console.warn(f"cannot write {path}: {os_reason(error)}")
 
@@ -4579,6 +4589,1091 @@ def show_dry_run(task: Task) -> int:
 
 
 ################################################################################
+# Jobs files
+################################################################################
+# From a file of jobs to what each line asks for. Reads the file once; sends nothing.
+
+LINE_KEYS = (
+    *("id", "prompt", "prompt_file", "images", "image", "mask", "mask_box", "markup"),
+    *("params", "param", "nearest_size", "output"),
+)
+FIELD_KEYS = {key: field for field in FIELDS for key in (field.dest, field.name)}
+MAX_LINE_BYTES = MEGABYTE
+
+
+class JobsFile:
+    """The jobs of a file, copied to a file without a name, so that only offsets are in memory."""
+
+    def __init__(self) -> None:
+        import tempfile
+
+        self.spool = tempfile.TemporaryFile()
+        self.rows: list[tuple[int, int]] = []  # number of the line or element, offset
+        self.faults: list[tuple[int, str]] = []  # number, what is wrong with it
+        self.lock = allocate_lock()
+
+    def add(self, number: int, text: bytes) -> None:
+        """Take in one job as a line of JSON."""
+        self.rows.append((number, self.spool.tell()))
+        self.spool.write(text + b"\n")
+
+    def read(self, row: int) -> dict[str, Any]:
+        """Return what a job's line holds. Raises Failure for one that is no JSON object."""
+        with self.lock:
+            self.spool.seek(self.rows[row][1])
+            text = self.spool.readline()
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise Failure(f"it is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise Failure('it is not an object like {"prompt": "a fox"}')
+        return value
+
+
+def read_jobs_file(path: str) -> JobsFile:
+    """Return the jobs of a JSONL file, a JSON array, or a text with a prompt a line."""
+    jobs = JobsFile()
+    try:
+        if path == "-":
+            take_jobs(sys.stdin.buffer, path, jobs)
+        else:
+            with open(path, "rb") as file:
+                take_jobs(file, path, jobs)
+    except (OSError, AttributeError) as error:
+        why = os_reason(error) if isinstance(error, OSError) else "standard input is closed"
+        raise Failure(f"cannot read the jobs file {path}: {why}") from None
+    if not jobs.rows and not jobs.faults:
+        raise Failure(f"there is no job in {'standard input' if path == '-' else path}")
+    return jobs
+
+
+def take_jobs(file: IO[bytes], path: str, jobs: JobsFile) -> None:
+    """Copy the jobs out of an open file: `.txt` is text, else the first character decides."""
+
+    def next_line() -> bytes:
+        with SIGNALS:
+            return file.readline(MAX_LINE_BYTES + 1)
+
+    number, line = 1, next_line()
+    line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
+    while line and not line.strip():
+        number, line = number + 1, next_line()
+    first = line.lstrip()[:1]
+    if first == b"[" and not path.lower().endswith(".txt"):
+        take_array(line + file.read(), jobs)
+        return
+    text = first != b"{" or path.lower().endswith(".txt")
+    while line:
+        take_line(number, line.strip(), text, jobs)
+        number, line = number + 1, next_line()
+
+
+def take_line(number: int, line: bytes, text: bool, jobs: JobsFile) -> None:
+    """Take in one line: JSON, or a prompt; a blank one is none."""
+    if len(line) >= MAX_LINE_BYTES:
+        jobs.faults.append((number, f"it is longer than {MAX_LINE_BYTES} bytes"))
+    elif text and line:
+        try:
+            jobs.add(number, json.dumps({"prompt": line.decode("utf-8")}).encode("ascii"))
+        except UnicodeDecodeError:
+            jobs.faults.append((number, "it is not UTF-8"))
+    elif line:
+        jobs.add(number, line)
+
+
+def take_array(data: bytes, jobs: JobsFile) -> None:
+    """Take in the elements of one JSON array."""
+    try:
+        elements = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Failure(f"the jobs file is no JSON array: {error}") from None
+    for number, element in enumerate(elements, 1):
+        jobs.add(number, json.dumps(element).encode("ascii"))
+
+
+def ask_from_line(line: dict[str, Any], args: Args, settings: Settings) -> Ask:
+    """Return what one line asks for, the command line's options filling what it leaves open."""
+    images = line_images(line)
+    command = "edit" if images else "generate"
+    options = chosen_options(args, settings, line_text(line, "output"))
+    options = {
+        f.name: options[f.name] for f in FIELDS if f.name in options and command[0] in f.endpoints
+    }
+    for key, value in line.items():
+        field = FIELD_KEYS.get(key)
+        if not field and key not in LINE_KEYS:
+            close = nearest(key, [*LINE_KEYS, *FIELD_KEYS])
+            raise Failure(f"{printable(key, 60)!r} is not an option{close}")
+        if field and value is not None:
+            if command[0] not in field.endpoints:
+                raise Failure(f"{key} is for lines with images")
+            options[field.name] = read_value(key, read_field, field, value)
+    mask, markup = line_text(line, "mask"), line_text(line, "markup")
+    box = read_value("mask_box", line_box, line.get("mask_box"))
+    if not images and (mask or markup or box):
+        raise Failure("mask, mask_box and markup need images")
+    params = (*(args.param or ()), *line_params(line))
+    take_nearest = bool(args.nearest_size or line.get("nearest_size"))
+    prompt = line_prompt(line)
+    return Ask(command, prompt, options, params, images, mask, box, markup, take_nearest)
+
+
+def read_value(key: str, read: Callable[..., Any], *values: Any) -> Any:
+    """Return what a reader makes of a line's value; its complaint becomes a Failure."""
+    try:
+        return read(*values)
+    except (ValueError, TypeError) as error:
+        raise Failure(f"{key}: {printable(str(error), 300)}") from None
+
+
+def line_text(line: dict[str, Any], key: str) -> str | None:
+    """Return a text of a line, or None where it has none."""
+    value = line.get(key)
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise Failure(f"{key} is not a text")
+
+
+def line_prompt(line: dict[str, Any]) -> str:
+    """Return a line's prompt, from one of its two places."""
+    prompt, path = line.get("prompt"), line_text(line, "prompt_file")
+    if (prompt is None) == (path is None):
+        raise Failure("it has no prompt" if path is None else "pass prompt or prompt_file")
+    if path is not None:
+        return read_prompt_file(path)
+    if not isinstance(prompt, str):
+        raise Failure("prompt is not a text")
+    return prompt
+
+
+def line_images(line: dict[str, Any]) -> tuple[str, ...]:
+    """Return the input pictures of a line; a single one may stand without a list."""
+    found: list[Any] = []
+    for key in ("images", "image"):
+        value = line.get(key)
+        found += value if isinstance(value, list) else [value] if value is not None else []
+    if not all(isinstance(name, str) and name for name in found):
+        raise Failure("images is not a list of files")
+    return tuple(found)
+
+
+def line_box(value: Any) -> tuple[int, int, int, int] | None:
+    """Return a line's mask_box, as text or as a list of four numbers."""
+    if value is None:
+        return None
+    return read_mask_box(",".join(map(str, value)) if isinstance(value, list) else str(value))
+
+
+def line_params(line: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return a line's fields that no option knows."""
+    value = line.get("params", line.get("param")) or {}
+    if not isinstance(value, dict):
+        raise Failure("params is not an object")
+    for name in value:
+        read_value("params", read_param, f"{name}=")
+    return list(value.items())
+
+
+def line_id(line: dict[str, Any]) -> str:
+    """Return a line's own id, which names its pictures, or nothing."""
+    value = line.get("id")
+    text = "" if value is None else str(value)
+    if text and not re.fullmatch(r"[^\s./\\:*?\"<>|][^/\\:*?\"<>|]{0,99}", text):
+        raise Failure(f"id {printable(text, 60)!r} can't name a file")
+    check_path(text)
+    return text
+
+
+################################################################################
+# Journal
+################################################################################
+# What a batch has done: results.jsonl beside its pictures, one line for each step of a job.
+
+SAVED, PARTIAL, SENT, UNKNOWN = "saved", "partial", "sent", "unknown"  # billed, or maybe so
+FAILED, REFUSED, REDO, LEFT = "failed", "refused", "redo", "left"
+PAID_STATES = (SAVED, PARTIAL, SENT, UNKNOWN)
+JOURNAL_NAME = re.compile(r"results(-\d+-of-\d+)?\.jsonl")
+
+
+class Entry(NamedTuple):
+    """What a journal says last of one job."""
+
+    state: str
+    number: int
+    id: str
+    line: str  # hash of the line that asked for it
+    job_id: str
+    exit_code: int
+    spent: float  # on all its saved answers
+    estimate: float
+    place: tuple[str, int]  # journal, offset
+
+
+class Journal:
+    """One results.jsonl, held open; a line is written whole before add() returns."""
+
+    def __init__(self, path: str, console: Console) -> None:
+        self.path, self.console = path, console
+        self.lock = allocate_lock()
+        self.file: IO[bytes] | None = None
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Append one line. Raises Failure where it can't: then nothing more may be sent."""
+        line = json.dumps({"schema": 1, "time": utc_now(), **entry}) + "\n"
+        line = self.console.scrub(line)
+        with self.lock:
+            try:
+                self.file = self.file or open_lines(self.path)
+                write_line(self.file, line)
+            except OSError as error:
+                self.file = None  # a torn line is ended at the next opening
+                why = os_reason(error)
+                raise Failure(f"cannot write {self.path}: {why}", EXIT_REFUSED) from None
+
+
+def open_lines(path: str) -> IO[bytes]:
+    """Open a file of lines for appending; one that somebody was killed in is ended first."""
+    flags = os.O_CREAT | os.O_APPEND | os.O_RDWR | getattr(os, "O_BINARY", 0)
+    file = open(os.open(path, flags, 0o600), "a+b", buffering=0)
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
+    if file.read(1) not in (b"", b"\n"):
+        write_line(file, "\n")
+    return file
+
+
+def write_line(file: IO[bytes], line: str) -> None:
+    """Append a line in one write, so that many processes can do so at once."""
+    data = line.encode("ascii")
+    if file.write(data) != len(data):
+        raise OSError("no space left on device")
+
+
+def utc_now() -> str:
+    """Return the time as logs hold it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (offset, object) of a file of JSON lines; torn and foreign ones are passed over."""
+    offset = 0
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                for value in parse_json(line.decode("utf-8", "replace")):
+                    if isinstance(value, dict):
+                        yield offset, value
+                offset += len(line)
+    except FileNotFoundError:
+        return
+
+
+def journals_in(folder: str, own: str = "") -> list[str]:
+    """Return the journals in a folder, the own one last: what other shards saved counts too."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    paths = [os.path.join(folder, name) for name in names if JOURNAL_NAME.fullmatch(name)]
+    return sorted(paths, key=lambda path: (path == own, path))
+
+
+def read_journals(paths: Iterable[str], sandbox: bool) -> dict[str, Entry]:
+    """Return the last word on each job, by its identity; the sandbox's are a world of their own."""
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        for offset, value in read_lines(path):
+            identity = value.get("identity")
+            if isinstance(identity, str) and bool(value.get("sandbox")) == sandbox:
+                entries[identity] = read_entry(value, (path, offset), entries.get(identity))
+    return entries
+
+
+def read_entry(value: dict[str, Any], place: tuple[str, int], before: Entry | None) -> Entry:
+    """Return one line of a journal as an Entry, with what earlier lines of the job spent."""
+    state, cost, estimate = value.get("state"), value.get("cost"), value.get("estimate")
+    amount = cost.get("amount") if isinstance(cost, dict) else None
+    guess = float(estimate) if isinstance(estimate, (int, float)) else 0.0
+    spent = before.spent if before else 0.0
+    if state in (SAVED, PARTIAL):
+        spent += float(amount) if isinstance(amount, (int, float)) else guess
+    return Entry(
+        state if isinstance(state, str) else UNKNOWN,
+        count(value, "number"),
+        str(value.get("id") or ""),
+        str(value.get("line")),
+        str(value.get("job_id") or ""),
+        count(value.get("error"), "exit_code"),
+        spent,
+        guess,
+        place,
+    )
+
+
+def line_at(place: tuple[str, int]) -> dict[str, Any]:
+    """Return the object of one line of a journal."""
+    with open(place[0], "rb") as file:
+        file.seek(place[1])
+        values = parse_json(file.readline().decode("utf-8", "replace"))
+    return values[0] if values and isinstance(values[0], dict) else {}
+
+
+def state_of(outcome: Outcome) -> str:
+    """Return the journal's word for an outcome: failed was not billed, refused is final too."""
+    failure, answer = outcome.failure, outcome.answer
+    if not failure:
+        return SAVED
+    if failure.exit_code == EXIT_PARTIAL:
+        return PARTIAL
+    kind = answer.verdict.kind if answer else ""
+    if kind == "unsent" or (not answer and not failure.maybe_billed):
+        return FAILED
+    if kind == "refused" and not outcome.pictures:
+        final = failure.exit_code in (EXIT_REFUSED, EXIT_POLICY)
+        return REFUSED if final and (failure.http_status or 0) not in range(300, 400) else FAILED
+    return UNKNOWN
+
+
+def outcome_entry(outcome: Outcome, console: Console) -> dict[str, Any]:
+    """Return what the journal says of an outcome."""
+    answer, failure = outcome.answer, outcome.failure
+    return {
+        "state": state_of(outcome),
+        "paths": [picture.path for picture in outcome.pictures],
+        "images": [picture._asdict() for picture in outcome.pictures],
+        "usage": answer.reply.usage if answer else None,
+        "cost": outcome.cost._asdict() if outcome.cost else None,
+        "seconds": round(answer.end.seconds, 2) if answer else None,
+        "attempts": answer.attempts if answer else 0,
+        "error": failure_document(failure, console) if failure else None,
+    }
+
+
+################################################################################
+# Batch
+################################################################################
+# Many jobs, each by the same functions as a single request, in threads that share one pace, one
+# journal and one terminal.
+
+
+class Plan(NamedTuple):
+    """One job of a batch as the check found it; small, as there may be thousands."""
+
+    row: int  # in the JobsFile
+    id: str
+    identity: str  # hash of what is sent, and the how-manieth of its kind it is
+    line: str  # the same of the line that asked for it
+    output: str | None
+    label: str  # what is sent, in a few words
+    estimate: float
+    number: int = 0  # it names the pictures, unless there is an id
+    entry: Entry | None = None  # the journal's last word on it
+    look: bool = False  # for an answer in the job folder of an earlier run
+    send: bool = False  # where no answer is found
+
+    @property
+    def name(self) -> str:
+        """What its pictures are named after, and its messages led by."""
+        return self.id or f"{self.number:04}"
+
+
+class Gate:
+    """Lets POSTs through: paced by --rpm, all held back together after a 429."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.interval = 60.0 / per_minute if per_minute else 0.0
+        self.opens = 0.0
+        self.lock = allocate_lock()
+
+    def hold(self, seconds: float) -> bool:
+        """Let nobody through for so long; return whether that is longer than it was."""
+        with self.lock:
+            before, self.opens = self.opens, max(self.opens, time.monotonic() + seconds)
+            return self.opens > before + 1
+
+    def enter(self) -> None:
+        """Wait for one's turn. Raises Interrupted after a signal."""
+        while True:
+            with self.lock:
+                now = time.monotonic()
+                wait = self.opens - now
+                if wait <= 0:
+                    self.opens = now + self.interval
+                    return
+            SIGNALS.pause(min(wait, 1.0))
+
+
+class JobKeeper(Keeper):
+    """Keeps one job of a batch in step with the others, and its journal."""
+
+    patience = float("inf")
+    detached = True
+
+    def __init__(self, batch: Batch, entry: dict[str, Any]) -> None:
+        self.journal, self.gate, self.console = batch.journal, batch.gate, batch.console
+        self.entry = entry
+        self.mark = {"journal": self.journal.path, "entry": entry}
+
+    def sending(self, job: Job) -> None:
+        """Wait for the gate, then put the POST on record."""
+        try:
+            self.gate.enter()
+        except Interrupted as stop:
+            raise stopped(stop.number, False, unsent=True) from None
+        self.journal.add({"state": SENT, **self.entry, "job_id": job.id})
+
+    def pause(self, seconds: float) -> None:
+        """Hold all workers back, not this one alone."""
+        if self.gate.hold(seconds) and seconds >= 5:
+            self.console.say(f"all wait {seconds:.0f} s, as the server asks")
+
+    def done(self, job: Job, outcome: Outcome) -> None:
+        """Put an outcome on record, before its job folder may go."""
+        told = outcome_entry(outcome, self.console)
+        self.journal.add({**told, **self.entry, "job_id": job.id})
+
+
+class Batch:
+    """What the workers of one batch share."""
+
+    def __init__(self, args: Args, settings: Settings, session: Session, jobs: JobsFile) -> None:
+        self.args, self.settings, self.session, self.jobs = args, settings, session, jobs
+        self.console = session.console
+        self.folder = batch_folder(args, settings)
+        shard = "-{}-of-{}".format(*args.shard) if args.shard else ""
+        self.stem = os.path.join(self.folder, f"results{shard}")
+        self.journal = Journal(f"{self.stem}.jsonl", self.console)
+        self.gate = Gate(args.rpm or 0)
+        self.lock = allocate_lock()
+        self.plans: list[Plan] = []
+        self.states: dict[int, str] = {}  # of each plan's row, as it is now
+        self.codes: dict[int, int] = {}  # exit codes of those that are not saved
+        self.ended = 0  # jobs that this run brought to an end
+        self.spent = 0.0  # by all runs, unknown ones at their estimate
+        self.cost = 0.0  # of this run
+        self.in_flight: dict[int, float] = {}  # estimates by row
+        self.queue: list[Plan] = []  # the next one last
+        self.stopping = ""  # why no more jobs are begun
+        self.broken: Failure | None = None
+        self.folders: dict[str, str] = {}  # job folders of earlier runs, by id
+
+    def request(self, row: int, console: Console) -> tuple[Request, dict[str, Any]]:
+        """Return the checked request of one line, and the line. Raises Failure."""
+        line = self.jobs.read(row)
+        return build_request(
+            ask_from_line(line, self.args, self.settings), self.settings, console
+        ), line
+
+    def target(self, plan: Plan, request: Request) -> Target:
+        """Return where a job's pictures go: its own output, or names after its id or number."""
+        force = bool(self.args.force)
+        if plan.output is not None:
+            return plan_target(plan.output, self.folder, request, self.settings, force)
+        stem = plan.name + ("-sandbox" if self.settings.sandbox else "")
+        total = request.total
+        stems = tuple(f"{stem}-{k + 1}" for k in range(total)) if total > 1 else (stem,)
+        return Target(self.folder, "", stems, total, force)
+
+    def task(self, plan: Plan, console: Console) -> Task:
+        """Return a job as the pipeline takes it. Raises Failure where it isn't what was checked."""
+        request, _ = self.request(plan.row, Console(quiet=True))
+        if request_hash(request)[:16] != plan.identity[:16]:
+            raise Failure("an input picture changed since the check", EXIT_REFUSED)
+        fields = {name: value for name, value in request.fields if name != "prompt"}
+        prompt = self.console.scrub(str(request.get("prompt")))[:2000]
+        told = {"command": request.command, "prompt": prompt, "fields": fields}
+        keeper = JobKeeper(self, {**self.entry(plan), **told})
+        session = self.session._replace(console=console, keeper=keeper)
+        return Task(request, self.target(plan, request), self.settings, session)
+
+    def entry(self, plan: Plan) -> dict[str, Any]:
+        """Return what each of a job's lines in the journal says."""
+        return {
+            "id": plan.name,
+            "number": plan.number,
+            "file_line": self.jobs.rows[plan.row][0],
+            "identity": plan.identity,
+            "line": plan.line,
+            "estimate": plan.estimate,
+            "sandbox": self.settings.sandbox,
+        }
+
+    def work(self) -> None:
+        """Work on one job after another: what one thread does."""
+        plan = self.next_plan()
+        while plan:
+            console = JobConsole(self.console, plan.name)
+            try:
+                outcome = self.perform(plan, console)
+            except Interrupted as stop:
+                outcome = Outcome("", failure=stopped(stop.number, False, unsent=True))
+            except Failure as failure:
+                outcome = self.not_begun(plan, failure)
+            except OSError as error:
+                outcome = self.not_begun(plan, Failure(os_reason(error), EXIT_REFUSED))
+            self.finish(plan, outcome, console)
+            plan = self.next_plan()
+
+    def next_plan(self) -> Plan | None:
+        """Return the next job, once the money allows it, or None when no more are to be begun."""
+        while True:
+            with self.lock:
+                if self.stopping or SIGNALS.number or not self.queue:
+                    return None
+                if self.affordable(self.queue[-1]):
+                    plan = self.queue.pop()
+                    self.in_flight[plan.row] = plan.estimate if plan.send else 0.0
+                    return plan
+                if not self.in_flight:
+                    self.stopping = f"--max-cost {self.args.max_cost:g} is reached"
+            time.sleep(0.2)
+
+    def affordable(self, plan: Plan) -> bool:
+        """Return whether --max-cost leaves room: spent and unknown, in flight, and this one."""
+        if self.args.max_cost is None or not plan.send:
+            return True
+        total = self.spent + sum(self.in_flight.values()) + plan.estimate
+        return bool(total <= self.args.max_cost + 1e-9)
+
+    def perform(self, plan: Plan, console: Console) -> Outcome:
+        """Finish what an earlier run left of a job, else send it."""
+        task = self.task(plan, console)
+        job = self.take_up(plan) if plan.look else None
+        if job or plan.send:
+            return carry_out(job or create_job(task), task)
+        why = "it was sent, its outcome is unknown, and no answer of it is kept"
+        hint = "--redo unknown sends it again, and may pay again"
+        failure = Failure(why, EXIT_UNKNOWN, hint=hint, maybe_billed=True)
+        outcome = Outcome(task.request.command, task.request, failure=failure)
+        if plan.entry and plan.entry.state == SENT:
+            told = {**task.session.keeper.entry, "job_id": plan.entry.job_id}
+            self.journal.add({**outcome_entry(outcome, console), **told})
+        return outcome
+
+    def take_up(self, plan: Plan) -> Job | None:
+        """Return the job folder that an earlier run left, if something may be in it."""
+        folder = self.folders.get(plan.entry.job_id, "") if plan.entry else ""
+        if not os.path.exists(os.path.join(folder, RECORD)):
+            return None
+        job = take_job(folder)
+        if not job:
+            raise Failure("another process works on it", EXIT_UNKNOWN, maybe_billed=True)
+        if not (job.answered or job.untouched or curl_lives(job)):
+            if plan.send:
+                set_status(job, "set aside")
+            job.lock.close()
+            return None
+        return job._replace(resumed=True)
+
+    def not_begun(self, plan: Plan, failure: Failure) -> Outcome:
+        """Put on record why a job was not even begun, unless the journal says worse of it."""
+        failure.maybe_billed = failure.maybe_billed or plan.look
+        outcome = Outcome("", failure=failure)
+        try:
+            if not plan.look:
+                prompt = {"prompt": str(self.jobs.read(plan.row).get("prompt"))[:2000]}
+                told = outcome_entry(outcome, self.console)
+                self.journal.add({**told, **self.entry(plan), **prompt})
+        except Failure as broken:
+            self.broken, self.stopping = broken, broken.message
+        return outcome
+
+    def finish(self, plan: Plan, outcome: Outcome, console: Console) -> None:
+        """Put a job's end into the sums, and tell it."""
+        failure, state = outcome.failure, state_of(outcome)
+        if failure and failure.code == "interrupted" and state == FAILED:
+            failure, state = None, LEFT
+        cost = outcome.cost.amount if outcome.cost else plan.estimate
+        known = plan.entry.estimate if plan.entry and plan.look and not plan.send else 0.0
+        with self.lock:
+            del self.in_flight[plan.row]
+            self.ended += 1
+            self.states[plan.row] = state
+            self.codes[plan.row] = failure.exit_code if failure else EXIT_OK
+            billed = cost if state in (SAVED, PARTIAL) else plan.estimate
+            self.spent += (billed if state in PAID_STATES else 0.0) - known
+            self.cost += cost if state in (SAVED, PARTIAL) else 0.0
+            if self.args.fail_fast and failure:
+                self.stopping = self.stopping or f"{plan.name} {state} and --fail-fast is given"
+        if console.json and state != LEFT:
+            document = outcome_document(outcome, console)
+            command = plan.label.partition(" ")[0]
+            self.console.document({**document, "command": command, "id": plan.name, "state": state})
+        if failure:
+            console.error(f"{console.name}: {failure}")
+
+
+def batch_folder(args: Args, settings: Settings) -> str:
+    """Return the output folder: --output-dir, else the jobs file's name without its suffix."""
+    path = args.words[0]
+    if args.output_dir is not None:
+        return os.path.abspath(os.path.expanduser(args.output_dir))
+    if path == "-":
+        raise Failure("jobs from standard input need an --output-dir")
+    stem = os.path.splitext(path)[0] + ("-sandbox" if settings.sandbox else "")
+    if settings.table["output_dir"].source != "default":
+        stem = os.path.join(os.path.expanduser(settings.output_dir), os.path.basename(stem))
+    if os.path.abspath(stem) == os.path.abspath(path):
+        raise Failure(f"{path} has no suffix to take off", hint="pass --output-dir")
+    return os.path.abspath(stem)
+
+
+def check_jobs(batch: Batch, entries: dict[str, Entry]) -> list[Plan]:
+    """Return every job of the file, checked. Raises Failure (exit 2) with every bad line told."""
+    faults = list(batch.jobs.faults)
+    warnings: dict[str, list[int]] = {}
+    seen: dict[str, int] = {}
+    plans = []
+    for row, (number, _) in enumerate(batch.jobs.rows):
+        console = Console(quiet=True)
+        try:
+            plans.append(check_job(batch, row, seen, entries, console))
+        except Failure as failure:
+            faults.append((number, str(failure)))
+        for warning in console.warnings:
+            warnings.setdefault(warning, []).append(number)
+    for warning, numbers in warnings.items():
+        more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+        batch.console.warn(f"line {numbers[0]}{more}: {warning}")
+    for number, fault in sorted(faults):
+        batch.console.error(f"{PROGRAM}: line {number}: {fault}")
+    if faults:
+        lines = f"{plural(len(faults), 'line')} of {len(batch.jobs.rows) + len(batch.jobs.faults)}"
+        first = "line {}: {}".format(*min(faults))
+        raise Failure(f"{lines} can't be used, so nothing was sent; the first is {first}")
+    return plans
+
+
+def check_job(
+    batch: Batch, row: int, seen: dict[str, int], entries: dict[str, Entry], console: Console
+) -> Plan:
+    """Return one job as a Plan. Raises Failure for a line that can't be sent as it is."""
+    request, line = batch.request(row, console)
+    estimate = estimate_cost(request, batch.settings)
+    if batch.args.max_cost is not None and not estimate and not batch.settings.sandbox:
+        raise Failure(f"no price is known for {request.get('model')}, so --max-cost can't be kept")
+    words = [request.command, *(request.get(name) for name in ("model", "size", "quality"))]
+    plan = Plan(
+        row,
+        line_id(line),
+        occurrence(request_hash(request), seen),
+        occurrence(json.dumps(line, sort_keys=True), seen),
+        line_text(line, "output"),
+        " ".join(str(word) for word in words if word),
+        estimate.amount if estimate else 0.0,
+    )
+    for claim in (plan.id and f"id {plan.id}", plan.output and f"output {plan.output}"):
+        if claim and seen.setdefault(claim, row) != row:
+            other = batch.jobs.rows[seen[claim]][0]
+            raise Failure(f"{printable(claim, 100)} is line {other}'s already")
+    entry = entries.get(plan.identity)
+    if plan.output and not (entry and entry.state in PAID_STATES):
+        check_target(batch.target(plan, request), bool(batch.args.sidecar))
+    return plan
+
+
+def occurrence(text: str, seen: dict[str, int]) -> str:
+    """Return a text's hash and the how-manieth of its kind it is: equal ones are variants."""
+    from hashlib import sha256
+
+    key = text[:16] if re.fullmatch("[0-9a-f]{64}", text) else ""
+    key = key or sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    seen[key] = seen.get(key, 0) + 1
+    return f"{key}-{seen[key]}"
+
+
+def match_plans(plans: list[Plan], entries: dict[str, Entry], batch: Batch) -> list[Plan]:
+    """Return this shard's jobs with what the journal says of them and what is to be done.
+
+    Raises Failure (exit 2) where a change of options would pay again for what is there.
+    """
+    shard, shards = batch.args.shard or (1, 1)
+    current = {plan.identity for plan in plans}
+    gone = {entry.line: entry for key, entry in entries.items() if key not in current}
+    kept = [e for key, e in entries.items() if key in current or e.state in PAID_STATES]
+    taken = {entry.number for entry in kept}
+    free = max([len(plans), *taken])
+    pending = any(entry.state == REDO for entry in entries.values())
+    found, differing = [], []
+    for plan in plans:
+        entry, number = entries.get(plan.identity), plan.row + 1
+        changed = None if entry else gone.get(plan.line)
+        if entry or changed:
+            number = (entry or changed).number  # type: ignore[union-attr]
+        elif number in taken:
+            free = number = free + 1
+        if plan.row % shards == shard - 1:
+            plan = plan._replace(number=number, entry=entry)
+            found.append(decide(plan, changed, pending, batch.args.redo))
+            if changed and changed.state in PAID_STATES and not found[-1].send:
+                differing.append((found[-1], changed))
+    if differing:
+        raise differing_failure(differing, batch)
+    check_redo(batch.args.redo, found)
+    return found
+
+
+def decide(plan: Plan, changed: Entry | None, pending: bool, redo: str | None) -> Plan:
+    """Return a plan with what is to be done: nothing, look for an answer, send, or look and send.
+
+    A --redo that was cut short is finished before another one begins (`pending`).
+    """
+    state = plan.entry.state if plan.entry else ""
+    named = redo == "all" or (redo is not None and plan.name in redo.split(","))
+    again = named and not pending
+    again = again or (redo == "failed" and state == REFUSED)
+    again = again or (redo == "unknown" and state in (PARTIAL, SENT, UNKNOWN))
+    if changed and changed.state in PAID_STATES:
+        return plan._replace(send=redo == "changed" or again)
+    return plan._replace(send=again or state in ("", FAILED, REDO), look=state in (SENT, UNKNOWN))
+
+
+def differing_failure(differing: list[tuple[Plan, Entry]], batch: Batch) -> Failure:
+    """Return the refusal to pay again for lines that are the same with options that aren't."""
+    plan, entry = differing[0]
+    request, _ = batch.request(plan.row, Console(quiet=True))
+    before: Any = line_at(entry.place).get("fields")
+    what = "an input picture or the endpoint"
+    for name, value in request.fields:
+        if isinstance(before, dict) and name != "prompt" and before.get(name) != value:
+            what = f"{name} {before.get(name, 'unset')} -> {value}"
+            break
+    else:
+        lost = [name for name in before if request.get(name) is None] if before else []
+        what = f"{lost[0]} {before[lost[0]]} -> unset" if lost else what
+    jobs = plural(len(differing), "saved job")
+    verb = "differs" if len(differing) == 1 else "differ"
+    return Failure(f"{jobs} {verb} ({what})", hint="--redo changed pays for them again")
+
+
+def check_redo(redo: str | None, plans: list[Plan]) -> None:
+    """Refuse an id in --redo that no job has."""
+    names = {plan.name for plan in plans}
+    for name in (redo or "all").split(","):
+        if name not in names and name not in REDO_WORDS:
+            words = ", ".join(REDO_WORDS)
+            raise Failure(f"--redo {name}: no job has this id{nearest(name, names)}", hint=words)
+
+
+REDO_WORDS = ("failed", "unknown", "changed", "all")
+
+
+def lock_batch(batch: Batch) -> IO[bytes]:
+    """Return the lock of a batch, held; Failure (exit 2) names who else holds it."""
+    path = f"{batch.stem}.lock"
+    try:
+        lock = try_lock(path)
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {os_reason(error)}") from None
+    if not lock:
+        with open(path, "rb") as file:
+            pid = printable(file.read(20).decode("ascii", "replace"))
+        raise Failure(f"this batch is under way in process {pid}", hint="wait for it to end")
+    lock.truncate(0)
+    lock.write(str(os.getpid()).encode("ascii"))
+    lock.flush()
+    return lock
+
+
+def left_folders(batch: Batch, entries: dict[str, Entry]) -> dict[str, str]:
+    """Return the job folders that earlier runs left, by id; those that are of no use go."""
+    journals = journals_in(batch.folder, batch.journal.path)
+    by_id = {entry.job_id: entry for entry in entries.values()}
+    found = {}
+    for folder in list_jobs():
+        record = read_record(folder)
+        mark = record.get("batch") if record else None
+        if not isinstance(mark, dict) or mark.get("journal") not in journals:
+            continue
+        entry = by_id.get(os.path.basename(folder))
+        ended = entry.state in (SAVED, FAILED, REFUSED) if entry else False
+        job = None if entry and not ended else take_job(folder)
+        if job and (ended or job.untouched) and not curl_lives(job):
+            remove_job(job)  # we were killed before it was sent, or after it was saved
+            continue
+        if job:
+            job.lock.close()
+        found[os.path.basename(folder)] = folder
+    return found
+
+
+class BatchProgress(Progress):
+    """One line for all jobs: done, failed, left, money, rate and time left."""
+
+    lead = "batch: "
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(batch.console)
+        self.batch = batch
+
+    def text(self, seconds: int, received: int) -> str:
+        """Return the line."""
+        totals = count_states(self.batch)
+        done = totals[SAVED] + totals["skipped"]
+        bad = sum(totals[state] for state in (PARTIAL, FAILED, REFUSED, UNKNOWN))
+        words = [f"{done} done", f"{bad} failed", f"{totals[LEFT]} left"]
+        currency = self.batch.settings.provider.currency
+        words += [str(Cost(self.batch.cost, currency))] if self.batch.cost else []
+        if self.batch.ended and seconds:
+            rate = self.batch.ended / seconds
+            words.append(f"{60 * rate:.1f}/min, {time_text(totals[LEFT] / rate)} left")
+        return ", ".join(words)
+
+
+def time_text(seconds: float) -> str:
+    """Return a time as a person reads it."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def run_workers(batch: Batch) -> None:
+    """Work off the queue in threads; this one shows progress and takes the signals."""
+    from threading import Event, Thread
+
+    changed, progress, gallery = Event(), BatchProgress(batch), Gallery(batch)
+    interrupted = False
+
+    def work() -> None:
+        try:
+            batch.work()
+        finally:
+            changed.set()
+
+    number = min(batch.args.concurrency, len(batch.queue))
+    threads = [Thread(target=work, daemon=True) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        try:
+            if interrupted:
+                changed.wait(0.2)
+            else:
+                with SIGNALS:
+                    changed.wait(min(progress.interval, 1.0))
+        except Interrupted:
+            if interrupted:
+                raise  # the second one: leave now
+            interrupted = True
+            under_way = plural(len(batch.in_flight), "request")
+            batch.console.say(f"stopping; {under_way} under way: {STOP_GRACE_SECONDS:.0f} s more")
+        changed.clear()
+        gallery.refresh()
+        progress.tick(0)
+    progress.stop()
+
+
+def count_states(batch: Batch) -> dict[str, int]:
+    """Return how many jobs are in each state; `skipped` ones were saved by an earlier run."""
+    totals = dict.fromkeys((SAVED, "skipped", PARTIAL, FAILED, REFUSED, UNKNOWN, LEFT), 0)
+    for state in list(batch.states.values()):
+        totals[UNKNOWN if state == SENT else LEFT if state == REDO else state] += 1
+    return totals
+
+
+def batch_failure(batch: Batch, totals: dict[str, int]) -> Failure | None:
+    """Return why not every job is saved, with the exit code for the whole."""
+    total, done = len(batch.plans), totals[SAVED] + totals["skipped"]
+    if batch.broken:
+        return batch.broken
+    if done == total:
+        return None
+    why = f"; {batch.stopping}" if batch.stopping else ""
+    message = f"{done} of {plural(total, 'job')} are saved{why}"
+    codes = {code for code in batch.codes.values() if code}
+    exit_code = (
+        EXIT_PARTIAL if done + totals[PARTIAL] else codes.pop() if len(codes) == 1 else EXIT_REFUSED
+    )
+    if not codes and not done and batch.stopping:
+        exit_code = EXIT_LIMIT
+    if SIGNALS.number:
+        exit_code, message = 128 + SIGNALS.number, f"stopped: {message}"
+    billed = bool(totals[UNKNOWN] + totals[PARTIAL])
+    return Failure(message, exit_code, hint=batch_hint(totals), maybe_billed=billed)
+
+
+def batch_hint(totals: dict[str, int]) -> str:
+    """Return the way on from a batch that is not all saved."""
+    if totals[FAILED] or totals[LEFT]:
+        return "run the same command again to go on"
+    if totals[UNKNOWN] or totals[PARTIAL]:
+        return "--redo unknown sends again what may have been billed"
+    return "change the lines that were refused, or pass --redo failed"
+
+
+def report_batch(batch: Batch, seconds: float) -> int:
+    """Print the table at the end and return the exit code."""
+    console, totals = batch.console, count_states(batch)
+    failure = batch_failure(batch, totals)
+    cost = Cost(batch.cost, batch.settings.provider.currency) if batch.cost else None
+    if console.json:
+        document = base_document("batch", failure, console)
+        summary = {"jobs": len(batch.plans), **totals, "cost": cost._asdict() if cost else None}
+        files = {"folder": batch.folder, "journal": batch.journal.path}
+        files["gallery"] = os.path.join(batch.folder, GALLERY)
+        console.document({**document, "summary": summary, **files, "elapsed_s": round(seconds, 2)})
+    heads, cells = [*totals, "cost"], [*totals.values(), cost or "-"]
+    console.say("".join(f"{head:>9}" for head in heads))
+    console.say("".join(f"{cell!s:>9}" for cell in cells))
+    console.say(f"Gallery: {os.path.join(batch.folder, GALLERY)}")
+    if failure:
+        console.error(f"{PROGRAM}: {failure}")
+    return failure.exit_code if failure else EXIT_OK
+
+
+def show_batch(batch: Batch) -> int:
+    """Print what a batch would do, job by job; create nothing."""
+    console, total = batch.console, 0.0
+    counts = {"send": 0, "look": 0, "skip": 0}
+    for plan in batch.plans:
+        action = "send" if plan.send else "look" if plan.look else "skip"
+        counts[action] += 1
+        total += plan.estimate if plan.send else 0.0
+        if console.json:
+            document = dry_run_document(batch.task(plan, console))
+            more = {"id": plan.name, "action": action, "dry_run": document}
+            emit_document(plan.label.partition(" ")[0], more, console)
+        else:
+            prompt = printable(str(batch.jobs.read(plan.row).get("prompt", "")), 40)
+            console.emit(f"{plan.name}  {action}  {plan.label}  {prompt}")
+    known = total or not counts["send"]
+    cost = Cost(total, batch.settings.provider.currency, True) if known else None
+    summary = {**counts, "estimate": cost._asdict() if cost else None, "folder": batch.folder}
+    if console.json:
+        return emit_document("batch", {"summary": summary}, console)
+    words = ", ".join(f"{number} to {action}" for action, number in counts.items())
+    console.emit(f"{plural(len(batch.plans), 'job')}: {words}; would save in {batch.folder}")
+    console.emit(f"estimate: {cost or 'no price is known here'}")
+    return EXIT_OK
+
+
+################################################################################
+# Gallery
+################################################################################
+# index.html in a batch's folder: what its journals say, to be looked at in a browser.
+
+GALLERY = "index.html"
+GALLERY_HEAD = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --card: #fff; --page: #f3f3f0; --ink: #222; --dim: #6b6b6b;
+  --bad: #b3261e; --none: #e4e4e0 }}
+@media (prefers-color-scheme: dark) {{ :root {{ --card: #222326; --page: #151618; --ink: #e8e8e6;
+  --dim: #9a9a98; --bad: #ff8a80; --none: #2c2d31 }} }}
+body {{ margin: 0; padding: 1.5rem; background: var(--page); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif }}
+h1 {{ margin: 0; font-size: 1.3rem; overflow-wrap: anywhere }}
+header p {{ margin: .2rem 0 1.5rem; color: var(--dim) }}
+main {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)) }}
+figure {{ margin: 0; background: var(--card); border-radius: 8px; overflow: hidden;
+  content-visibility: auto; contain-intrinsic-size: 240px 340px }}
+img {{ display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--none) }}
+.none {{ aspect-ratio: 1; background: var(--none); color: var(--bad); padding: 1rem;
+  box-sizing: border-box; overflow: auto; overflow-wrap: anywhere }}
+figcaption {{ padding: .6rem .8rem .8rem; overflow-wrap: anywhere }}
+.prompt {{ display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
+  overflow: hidden }}
+small {{ display: block; margin-top: .3rem; color: var(--dim) }}
+</style>
+<header><h1>{title}</h1><p>{totals}</p></header>
+<main>
+"""
+
+
+class Gallery:
+    """Writes a batch's page anew as jobs finish, but not so often that it slows them."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.written = 0  # jobs ended when it was written last
+        self.next = time.monotonic() + 2
+
+    def refresh(self) -> None:
+        """Write the page, if jobs have ended since and it is time to."""
+        started = time.monotonic()
+        if self.batch.ended > self.written and started >= self.next:
+            self.written = self.batch.ended
+            write_gallery(self.batch)
+            self.next = time.monotonic() + max(2.0, 20 * (time.monotonic() - started))
+
+
+def write_gallery(batch: Batch) -> None:
+    """Write the page of a batch's folder, whole or not at all; a fault is a warning."""
+    path = os.path.join(batch.folder, GALLERY)
+    temporary = f"{path}.{os.urandom(4).hex()}.part"
+    try:
+        entries = read_journals(journals_in(batch.folder), batch.settings.sandbox)
+        rows = sorted(entries.values(), key=lambda entry: (entry.number, entry.place))
+        private_file(temporary)
+        with open(temporary, "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(gallery_parts(os.path.basename(batch.folder), batch.folder, rows))
+        open_to_others(temporary, batch.session.mode)
+        os.replace(temporary, path)
+    except OSError as error:
+        remove_file(temporary)
+        batch.console.warn(f"cannot write {path}: {os_reason(error)}")
+
+
+def gallery_parts(title: str, folder: str, rows: list[Entry]) -> Iterator[str]:
+    """Yield the page piece by piece; everything from outside is escaped."""
+    from html import escape
+
+    saved = sum(entry.state == SAVED for entry in rows)
+    totals = f"{saved} of {plural(len(rows), 'job')} saved"
+    yield GALLERY_HEAD.format(title=escape(title), totals=totals)
+    for entry in rows:
+        line = line_at(entry.place)
+        if line.get("state") != REDO:
+            yield from gallery_figures(line, folder)
+    yield "</main>\n</html>\n"
+
+
+def gallery_figures(line: dict[str, Any], folder: str) -> Iterator[str]:
+    """Yield a figure for each picture of a job, or one that says why there is none."""
+    from html import escape
+
+    fields = line.get("fields") if isinstance(line.get("fields"), dict) else {}
+    prompt, name = escape(str(line.get("prompt") or "")), escape(str(line.get("id") or ""))
+    error = line.get("error") if isinstance(line.get("error"), dict) else {}
+    pictures = line.get("images") if isinstance(line.get("images"), list) else []
+    bodies = []
+    for picture in pictures:  # type: ignore[union-attr]
+        link = escape(relative_link(str(picture.get("path")), folder))
+        size = f"{picture.get('width')}x{picture.get('height')}"
+        image = f'<a href="{link}"><img loading="lazy" src="{link}" alt="{prompt}"></a>'
+        bodies.append((image, size))
+    if not bodies:
+        why = str(error.get("message") or "") if error else ""
+        text = f"{line.get('state')}: {why}" if why else "under way"
+        bodies = [(f'<div class="none">{escape(text)}</div>', str(fields.get("size") or ""))]  # type: ignore[union-attr]
+    for body, size in bodies:
+        words = [name, size, *gallery_figures_cost(line)]
+        told = " · ".join(escape(word) for word in words if word)
+        caption = f'<span class="prompt" title="{prompt}">{prompt}</span><small>{told}</small>'
+        yield f"<figure>{body}<figcaption>{caption}</figcaption></figure>\n"
+
+
+def gallery_figures_cost(line: dict[str, Any]) -> list[str]:
+    """Return a job's cost and seconds, as far as they are known."""
+    cost, seconds = line.get("cost"), line.get("seconds")
+    words = []
+    if isinstance(cost, dict) and isinstance(cost.get("amount"), (int, float)):
+        words.append(str(Cost(cost["amount"], str(cost.get("currency")))))
+    return words + ([f"{seconds:.1f} s"] if isinstance(seconds, (int, float)) else [])
+
+
+def relative_link(path: str, folder: str) -> str:
+    """Return the link from the page to a picture; one in its folder stays good when that moves."""
+    from urllib.parse import quote
+
+    inside = os.path.dirname(path) == folder
+    where = os.path.basename(path) if inside else os.path.relpath(path, folder)
+    return quote(where.replace(os.sep, "/").encode("utf-8", "surrogateescape"))
+
+
+################################################################################
 # Sandbox
 ################################################################################
 # A local server that answers like the API in force, with pictures that are plainly placeholders.
@@ -4908,6 +6003,64 @@ def command_image(args: Args, session: Session) -> int:
     return report(perform(Task(request, target, settings, session)), console)
 
 
+def command_batch(args: Args, session: Session) -> int:
+    """batch: many jobs from a file; the same command again goes on where it stopped."""
+    started = time.monotonic()
+    if len(args.words) != 1:
+        raise Failure("batch takes one jobs file, or - for standard input")
+    settings = resolve_settings(args, session.console)
+    batch = Batch(args, settings, session, read_jobs_file(args.words[0]))
+    if args.dry_run:
+        plan_batch(batch)
+        return show_batch(batch)
+    check_connection(settings)
+    lock = lock_batch(batch) if os.path.isdir(batch.folder) else None
+    entries = plan_batch(batch)
+    check_folder(batch.folder)
+    if not lock:
+        os.makedirs(batch.folder, exist_ok=True)
+        lock = lock_batch(batch)
+        if os.path.exists(batch.journal.path):
+            raise Failure("another run of this batch has just begun", hint="wait for it to end")
+    begin_batch(batch, entries)
+    run_workers(batch)
+    write_gallery(batch)
+    return report_batch(batch, time.monotonic() - started)
+
+
+def plan_batch(batch: Batch) -> dict[str, Entry]:
+    """Check every job and decide what is to be done; return what the journals say."""
+    journals = journals_in(batch.folder, batch.journal.path)
+    entries = read_journals(journals, batch.settings.sandbox)
+    batch.plans = match_plans(check_jobs(batch, entries), entries, batch)
+    for plan in batch.plans:
+        state = plan.entry.state if plan.entry else LEFT
+        batch.states[plan.row] = LEFT if plan.send else "skipped" if state == SAVED else state
+        batch.codes[plan.row] = plan.entry.exit_code if plan.entry and not plan.send else 0
+    billed = [entry for entry in entries.values() if entry.state in (SENT, UNKNOWN)]
+    batch.spent = sum(entry.spent for entry in entries.values())
+    batch.spent += sum(entry.estimate for entry in billed)
+    return entries
+
+
+def begin_batch(batch: Batch, entries: dict[str, Entry]) -> None:
+    """Make ready for the workers: jobs to look for first, the journal's word on what is redone."""
+    session = batch.session
+    batch.folders = left_folders(batch, entries)
+    if batch.settings.sandbox:
+        batch.settings = start_sandbox(batch.settings)
+    looks = [plan for plan in batch.plans if plan.look]
+    sends = [plan for plan in batch.plans if plan.send and not plan.look]
+    if looks or sends:
+        find_curl()
+        root = open_jobs_folder(batch.console, batch.args.concurrency)
+        batch.session = session._replace(root=root)
+    for plan in sends:
+        if plan.entry and plan.entry.state in PAID_STATES:
+            batch.journal.add({"state": REDO, **batch.entry(plan), "job_id": plan.entry.job_id})
+    batch.queue = [*reversed(sends), *reversed(looks)]
+
+
 def command_recover(args: Args, session: Session) -> int:
     """recover: list unfinished answers, save the pictures in some, or clean up."""
     if args.clean:
@@ -4986,6 +6139,7 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
         failure = Failure(f"job {job_id}: its curl still runs", EXIT_UNSAVED, hint="wait for it")
         return empty._replace(failure=failure, recover_id=job_id)
     try:
+        session = session._replace(keeper=recover_keeper(record, session.console))
         task = recovered_task(record, args, settings, session)
     except Failure as fault:
         job.lock.close()
@@ -4998,6 +6152,28 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
         return settle(job, empty._replace(failure=failure), task)
     outcome = finish_job(job, empty._replace(request=task.request, answer=answer), task)
     return outcome._replace(failure=recover_failure(outcome))
+
+
+class RecoverKeeper(Keeper):
+    """Tells the journal of the batch that a recovered job belongs to."""
+
+    def __init__(self, journal: Journal, entry: dict[str, Any]) -> None:
+        self.journal, self.entry = journal, entry
+
+    def done(self, job: Job, outcome: Outcome) -> None:
+        """Put on record what was saved; where nothing was, the journal knows that already."""
+        if outcome.pictures:
+            told = outcome_entry(outcome, self.journal.console)
+            self.journal.add({**told, **self.entry, "job_id": job.id})
+
+
+def recover_keeper(record: dict[str, Any], console: Console) -> Keeper:
+    """Return who is told of a recovered job: the journal of its batch, if it had one."""
+    mark = record.get("batch")
+    if not isinstance(mark, dict) or not isinstance(mark.get("entry"), dict):
+        return Keeper()
+    journal = Journal(str(mark.get("journal")), console)
+    return RecoverKeeper(journal, mark["entry"]) if os.path.exists(journal.path) else Keeper()
 
 
 def recovered_task(
@@ -5419,6 +6595,7 @@ def command_sandbox(args: Args, session: Session) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[Args, Session], int], str, str]] = {
     "generate": ("g", command_image, '"PROMPT" [options]', "make pictures from a prompt"),
     "edit": ("e", command_image, 'IMAGE... "PROMPT" [options]', "make pictures from pictures"),
+    "batch": ("b", command_batch, "JOBS [options]", "many jobs from a file, paid for once"),
     "recover": ("r", command_recover, "[ID...] [options]", "save what an interrupted call left"),
     "history": ("h", command_history, "[options]", "what was made and what it cost"),
     "sizes": ("z", command_sizes, "[SPELLING...]", "named sizes, or what a spelling means"),
@@ -5449,6 +6626,16 @@ change only a box of it (x, y, width, height in pixels):
   edit room.png "a red armchair" --mask-box 100,200,400,300
 blend several:
   edit fruit/*.png "one basket with all of these" -s 16:9 -o basket.png
+""",
+    "batch": """
+a prompt a line, into the folder prompts/:
+  batch prompts.txt --quality low
+jobs with options of their own, at most five dollars:
+  batch jobs.jsonl --max-cost 5
+go on after a stop, or after lines were added:
+  batch jobs.jsonl --max-cost 5
+part 2 of 4, each on its own machine:
+  batch jobs.jsonl --shard 2/4
 """,
     "recover": """
 see what is there:
@@ -5500,6 +6687,28 @@ def read_age(text: str) -> int:
     if not match:
         raise ValueError(f"{text!r} is not an age like 7d, 12h or 30m")
     return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """Return I/N as numbers, I from 1."""
+    match = re.fullmatch("([0-9]{1,5})/([0-9]{1,5})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"{text!r} is not I/N like 2/4")
+    return int(match[1]), int(match[2])
+
+
+def read_amount(text: str) -> float:
+    """Return an amount of money in the provider's currency."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+        raise ValueError(f"{text!r} is not an amount like 5 or 0.50")
+    return float(text)
+
+
+def read_redo(text: str) -> str:
+    """Return which jobs are to be done again: a word, or ids with commas between them."""
+    if not text or "" in text.split(","):
+        raise ValueError(f"{text!r} is not {', '.join(REDO_WORDS)}, or ID,ID")
+    return text
 
 
 def make_parser(command: str) -> Any:
@@ -5580,8 +6789,14 @@ def split_words(argv: Sequence[str], parser: Any) -> tuple[list[str], list[str]]
 
 # The other options: names, kind (empty: a switch), commands by their letters, group, help.
 OPTIONS = """
---param        | KEY=VALUE | ge   | image      | any other API field; dots nest; VALUE may be JSON
---nearest-size |           | gez  | image      | take the nearest legal size for one that is not
+--concurrency  | 1..100    | b    | batch      | how many jobs at once (default 4)
+--rpm          | 1..100000 | b    | batch      | at most so many requests a minute
+--max-cost     | AMOUNT    | b    | batch      | begin no job that could pass it, in USD or credits
+--fail-fast    |           | b    | batch      | begin no more jobs after the first that fails
+--shard        | I/N       | b    | batch      | only every N-th job, from the I-th
+--redo         | WHICH     | b    | batch      | do again: failed unknown changed all, or ID,...
+--param        | KEY=VALUE | geb  | image      | any other API field; dots nest; VALUE may be JSON
+--nearest-size |           | gebz | image      | take the nearest legal size for one that is not
 --prompt       | TEXT      | ge   | image      | the prompt, where it is not the argument
 --prompt-file  | FILE      | ge   | image      | the prompt from a file; - is standard input
 --image --input-image | FILE | e  | pictures   | one more picture (repeatable)
@@ -5591,9 +6806,10 @@ OPTIONS = """
 --image-field  | NAME      | e    | pictures   | the pictures' form field: auto, image or image[]
 -o --output    | PATH      | ger  | output     | a file, a folder (or FOLDER/), or - for stdout
 --output-dir   | DIR       | ger  | output     | folder for generated names (default: current)
---force        |           | gerc | output     | replace what exists
---sidecar      |           | ge   | output     | write PICTURE.json: request, usage, cost
---dry-run      |           | ge   | output     | show request, paths and an estimate; send nothing
+--output-dir   | DIR       | b    | output     | folder for all (default: JOBS without its suffix)
+--force        |           | gebrc | output    | replace what exists
+--sidecar      |           | geb  | output     | write PICTURE.json: request, usage, cost
+--dry-run      |           | geb  | output     | show request, paths and an estimate; send nothing
 --list         |           | r    | jobs       | list them, as without an ID
 --last         |           | r    | jobs       | the newest one
 --all          |           | r    | jobs       | every one
@@ -5608,23 +6824,25 @@ OPTIONS = """
 --check        |           | c    | config     | try curl, key and server; spends nothing
 --api-key-env  | NAME      | c    | config     | with --init: the variable that holds the key
 --port         | 0..65535  | x    | sandbox    | the port (default: a free one)
---config       | FILE      | gercxh | connection | the config file
---profile      | NAME      | gercxh | connection | the profile in it
---provider     | NAME      | gercx | connection | openai openai-hk nodekey azure generic
---base-url     | URL       | gerc | connection | the server, up to and with /v1
---api-key      | KEY       | gerc | connection | the key; anyone can see it in ps
---timeout      | SECONDS   | gerc | connection | for the whole answer (default 600)
---connect-timeout | SECONDS | gerc | connection | for the connection (default 20)
---retries      | 0..20     | ge   | connection | of what was surely not served (default 2)
---retry-unsafe |           | ge   | connection | resend after an unknown outcome; may pay twice
---allow-http   |           | gerc | connection | allow a key over plain http
---allow-private |          | ger  | connection | fetch pictures from private addresses too
+--config       | FILE      | gebrcxh | connection | the config file
+--profile      | NAME      | gebrcxh | connection | the profile in it
+--provider     | NAME      | gebrcx | connection | openai openai-hk nodekey azure generic
+--base-url     | URL       | gebrc | connection | the server, up to and with /v1
+--api-key      | KEY       | gebrc | connection | the key; anyone can see it in ps
+--timeout      | SECONDS   | gebrc | connection | for the whole answer (default 600)
+--connect-timeout | SECONDS | gebrc | connection | for the connection (default 20)
+--retries      | 0..20     | geb  | connection | of what was surely not served (default 2)
+--retry-unsafe |           | geb  | connection | resend after an unknown outcome; may pay twice
+--image-field  | NAME      | b    | connection | the pictures' form field: auto, image or image[]
+--allow-http   |           | gebrc | connection | allow a key over plain http
+--allow-private |          | gebr | connection | fetch pictures from private addresses too
 --new          |           | ge   | connection | send anew even if the same request is under way
---sandbox      |           | gec  | connection | a local server with placeholders; no key, no cost
+--sandbox      |           | gebc | connection | a local server with placeholders; no key, no cost
 --json         |           | gerczxh | messages | one JSON document on stdout
---quiet        |           | gerczxh | messages | errors only on stderr
---verbose      |           | gerczxh | messages | more on stderr
--h --help | | gerczxh | messages | show this
+--json         |           | b    | messages   | one JSON document a job, then one for all
+--quiet        |           | gebrczxh | messages | errors only on stderr
+--verbose      |           | gebrczxh | messages | more on stderr
+-h --help | | gebrczxh | messages | show this
 """
 LETTERS = {name: row[0] for name, row in COMMANDS.items()}
 READERS: dict[str, Callable[[str], Any]] = {
@@ -5632,6 +6850,9 @@ READERS: dict[str, Callable[[str], Any]] = {
     "mask_box": read_mask_box,
     "older_than": read_age,
     "since": read_age,
+    "shard": read_shard,
+    "max_cost": read_amount,
+    "redo": read_redo,
 }
 
 
@@ -5639,7 +6860,7 @@ def option_rows(command: str) -> Iterator[tuple[str, list[str], str, str, str]]:
     """Yield (group, names, kind, dest, help) of every option of a command."""
     letter = LETTERS[command]
     for field in FIELDS:
-        if letter in field.endpoints:
+        if letter in field.endpoints or letter == "b":
             yield "image", field.option.split(), field.kind, field.dest, field.help
     for names, kind, commands, group, text in table_rows(OPTIONS):
         if letter in commands:
