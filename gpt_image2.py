@@ -1628,6 +1628,8 @@ def check_connection(settings: Settings) -> None:
         hint = "set GPT_IMAGE2_API_KEY, or run config --init"
         if name == "OPENAI_API_KEY":
             hint = "set OPENAI_API_KEY or GPT_IMAGE2_API_KEY, or run config --init"
+        if why.endswith(" is empty"):
+            hint = f"export {why.partition(' ')[0]}=YOUR-KEY"
         raise Failure(f"{why} ({base.host})", EXIT_CONFIG, code="key_missing", hint=hint)
     if "your-resource" in base.host:
         raise config_failure(f"{base.host} is the template's", "put your resource into base_url")
@@ -1768,7 +1770,7 @@ def ask_from_args(args: Args, settings: Settings) -> Ask:
     return Ask(
         args.command,
         prompt,
-        chosen_options(args, settings, args.output),
+        {**chosen_options(args, settings), **suffix_option(args, args.output)},
         tuple(args.param or ()),
         images,
         args.mask,
@@ -1778,16 +1780,20 @@ def ask_from_args(args: Args, settings: Settings) -> Ask:
     )
 
 
-def chosen_options(args: Args, settings: Settings, output: str | None) -> dict[str, Any]:
-    """Return the API's options by name: flags, then settings, and the format that `output` says."""
+def suffix_option(args: Args, output: str | None) -> dict[str, str]:
+    """Return the format that an output's suffix asks for: as a flag, it beats the config."""
+    suffix = os.path.splitext(output or "")[1].lstrip(".").lower()
+    known = suffix in SUFFIX_FORMATS and not args.format
+    return {"output_format": SUFFIX_FORMATS[suffix]} if known else {}
+
+
+def chosen_options(args: Args, settings: Settings) -> dict[str, Any]:
+    """Return the API's options by name: flags, then settings."""
     options = {field.name: getattr(args, field.dest) for field in FIELDS}
     for field in FIELDS:
         setting = settings.table.get("format" if field.name == "output_format" else field.name)
         if setting and setting.value is not None:
             options[field.name] = setting.value
-    suffix = os.path.splitext(output or "")[1].lstrip(".").lower()
-    if suffix in SUFFIX_FORMATS and not args.format:
-        options["output_format"] = SUFFIX_FORMATS[suffix]  # -o is a flag: it beats the config
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -1806,7 +1812,7 @@ def build_request(ask: Ask, settings: Settings, console: Console) -> Request:
         options["size"] = check_size(options["size"], model, settings, ask.nearest, console)
     files = read_attachments(ask, strict, console) if ask.command == "edit" else ()
     checked = {name: value for name, value in options.items() if name not in overridden}
-    for applies, level, sentence in field_rules(checked, ask, model):
+    for applies, level, sentence in field_rules(checked, ask, model, settings.provider.name):
         if applies:
             apply_rule(sentence, level, strict, console)
     if ask.command == "edit" and settings.provider.name == "nodekey":
@@ -1870,7 +1876,7 @@ def check_size(
 
 
 def field_rules(
-    options: dict[str, Any], ask: Ask, model: Model | None
+    options: dict[str, Any], ask: Ask, model: Model | None, provider: str
 ) -> Iterator[tuple[bool, str, str]]:
     """Yield every rule between fields as (does it bite, level, sentence). Source: SDK, guide."""
     family = model.family if model else ""
@@ -1906,7 +1912,7 @@ def field_rules(
     yield bool(ask.markup) and family not in ("2.5", "2.6", ""), "warn", "markup is for 2.5 and 2.6"
     yield edit and "moderation" in options, "warn", "edits may not take moderation"
     yield (
-        "response_format" in options,
+        "response_format" in options and (edit or provider not in ("openai-hk", "nodekey")),
         "warn" if edit else "strict",
         "edits may not take response_format" if edit else "OpenAI refuses response_format",
     )
@@ -2142,6 +2148,7 @@ class Keeper:
 
     patience: float = MAX_WAIT_SECONDS  # a longer Retry-After is not waited for
     detached = False  # whether curl goes on without us after a signal, for a later call to take up
+    again = "--new sends another"  # the way on from an outcome that stays unknown
     mark: dict[str, Any] | None = None  # what job.json says of the batch
     entry: Mapping[str, Any] = {}  # what the batch's journal says of the job
 
@@ -3789,7 +3796,7 @@ def save_pictures(reply: Reply, job: Job, task: Task) -> Saving:
             continue
         fallbacks += os.path.dirname(picture.path) == job.folder
         pictures.append(picture)
-        check_against_request(picture, task)
+        check_against_request(index, picture, task)
         task.console.saved(picture)
     return Saving(tuple(pictures), tuple(problems), fallbacks)
 
@@ -3841,7 +3848,7 @@ def send_to_stdout(picture: Picture) -> Picture:
     return picture._replace(path="-")
 
 
-def check_against_request(picture: Picture, task: Task) -> None:
+def check_against_request(index: int, picture: Picture, task: Task) -> None:
     """Warn where a picture is not what was asked for; it is kept all the same."""
     request, target, console = task.request, task.target, task.console
     got = (picture.width, picture.height)
@@ -3853,10 +3860,9 @@ def check_against_request(picture: Picture, task: Task) -> None:
     if (asked or suffix) and asked != picture.format and not task.settings.sandbox:
         kept = "; its name is kept" if target.name else ""
         console.warn(f"{name} holds {picture.format}, not {asked or suffix} as asked{kept}")
-    planned = os.path.join(target.folder, target.name)
-    beside = os.path.dirname(picture.path) == target.folder and picture.path != planned
-    if target.name and target.planned == 1 and beside and os.path.lexists(planned):
-        console.warn(f"{target.name} appeared meanwhile; the picture is {name}")
+    planned = target.path(index, FORMATS[picture.format][0][0])
+    if os.path.dirname(picture.path) == os.path.dirname(planned) and picture.path != planned:
+        console.warn(f"{os.path.basename(planned)} is there by now; the picture is {name}")
 
 
 ################################################################################
@@ -4414,7 +4420,7 @@ def let_go(job: Job, outcome: Outcome, task: Task) -> Outcome:
     alive = bool(job.answer_size()) or curl_lives(job)
     job.lock.close()
     if failure and outcome.resumed and not outcome.pictures:
-        failure.hint = "--new sends another"
+        failure.hint = task.session.keeper.again
     return outcome._replace(recover_id=job.id if alive else None)
 
 
@@ -4692,14 +4698,13 @@ def take_array(data: bytes, jobs: JobsFile) -> None:
         jobs.add(number, json.dumps(element).encode("ascii"))
 
 
-def ask_from_line(line: dict[str, Any], args: Args, settings: Settings) -> Ask:
+def ask_from_line(line: dict[str, Any], defaults: dict[str, Any], args: Args) -> Ask:
     """Return what one line asks for, the command line's options filling what it leaves open."""
     images = line_images(line)
     command = "edit" if images else "generate"
-    options = chosen_options(args, settings, line_text(line, "output"))
-    options = {
-        f.name: options[f.name] for f in FIELDS if f.name in options and command[0] in f.endpoints
-    }
+    options = {**defaults, **suffix_option(args, line_text(line, "output"))}
+    if command == "generate":
+        options.pop("input_fidelity", None)
     for key, value in line.items():
         field = FIELD_KEYS.get(key)
         if not field and key not in LINE_KEYS:
@@ -4779,8 +4784,9 @@ def line_id(line: dict[str, Any]) -> str:
     """Return a line's own id, which names its pictures, or nothing."""
     value = line.get("id")
     text = "" if value is None else str(value)
-    if text and not re.fullmatch(r"[^\s./\\:*?\"<>|][^/\\:*?\"<>|]{0,99}", text):
-        raise Failure(f"id {printable(text, 60)!r} can't name a file")
+    fits = re.fullmatch(r"[^\s./\\:*?\"<>|]([^/\\:*?\"<>|]{0,98}[^\s./\\:*?\"<>|])?", text)
+    if text and not (fits and type(value) in (str, int)):
+        raise Failure(f"id {value!a:.80} can't name a file")
     check_path(text)
     return text
 
@@ -4794,6 +4800,7 @@ SAVED, PARTIAL, SENT, UNKNOWN = "saved", "partial", "sent", "unknown"  # billed,
 FAILED, REFUSED, REDO, LEFT = "failed", "refused", "redo", "left"
 PAID_STATES = (SAVED, PARTIAL, SENT, UNKNOWN)
 JOURNAL_NAME = re.compile(r"results(-\d+-of-\d+)?\.jsonl")
+OWN_NAMES = re.compile(r"results(-\d+-of-\d+)?\.(jsonl|lock)|index\.html", re.I)
 
 
 class Entry(NamedTuple):
@@ -4824,7 +4831,7 @@ class Journal:
         line = self.console.scrub(line)
         with self.lock:
             try:
-                self.file = self.file or open_lines(self.path)
+                self.file = self.file or open_lines(self.path, 0o666)
                 write_line(self.file, line)
             except OSError as error:
                 self.file = None  # a torn line is ended at the next opening
@@ -4832,10 +4839,10 @@ class Journal:
                 raise Failure(f"cannot write {self.path}: {why}", EXIT_REFUSED) from None
 
 
-def open_lines(path: str) -> IO[bytes]:
+def open_lines(path: str, mode: int = 0o600) -> IO[bytes]:
     """Open a file of lines for appending; one that somebody was killed in is ended first."""
     flags = os.O_CREAT | os.O_APPEND | os.O_RDWR | getattr(os, "O_BINARY", 0)
-    file = open(os.open(path, flags, 0o600), "a+b", buffering=0)
+    file = open(os.open(path, flags, mode), "a+b", buffering=0)
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))
     if file.read(1) not in (b"", b"\n"):
@@ -5006,6 +5013,7 @@ class JobKeeper(Keeper):
 
     patience = float("inf")
     detached = True
+    again = "--redo unknown sends it again, and may pay again"
 
     def __init__(self, batch: Batch, entry: dict[str, Any]) -> None:
         self.journal, self.gate, self.console = batch.journal, batch.gate, batch.console
@@ -5037,6 +5045,7 @@ class Batch:
     def __init__(self, args: Args, settings: Settings, session: Session, jobs: JobsFile) -> None:
         self.args, self.settings, self.session, self.jobs = args, settings, session, jobs
         self.console = session.console
+        self.defaults = chosen_options(args, settings)
         self.folder = batch_folder(args, settings)
         shard = "-{}-of-{}".format(*args.shard) if args.shard else ""
         self.stem = os.path.join(self.folder, f"results{shard}")
@@ -5058,9 +5067,8 @@ class Batch:
     def request(self, row: int, console: Console) -> tuple[Request, dict[str, Any]]:
         """Return the checked request of one line, and the line. Raises Failure."""
         line = self.jobs.read(row)
-        return build_request(
-            ask_from_line(line, self.args, self.settings), self.settings, console
-        ), line
+        ask = ask_from_line(line, self.defaults, self.args)
+        return build_request(ask, self.settings, console), line
 
     def target(self, plan: Plan, request: Request) -> Target:
         """Return where a job's pictures go: its own output, or names after its id or number."""
@@ -5140,8 +5148,7 @@ class Batch:
         if job or plan.send:
             return carry_out(job or create_job(task), task)
         why = "it was sent, its outcome is unknown, and no answer of it is kept"
-        hint = "--redo unknown sends it again, and may pay again"
-        failure = Failure(why, EXIT_UNKNOWN, hint=hint, maybe_billed=True)
+        failure = Failure(why, EXIT_UNKNOWN, hint=JobKeeper.again, maybe_billed=True)
         outcome = Outcome(task.request.command, task.request, failure=failure)
         if plan.entry and plan.entry.state == SENT:
             told = {**task.session.keeper.entry, "job_id": plan.entry.job_id}
@@ -5216,11 +5223,10 @@ def batch_folder(args: Args, settings: Settings) -> str:
     return os.path.abspath(stem)
 
 
-def check_jobs(batch: Batch, entries: dict[str, Entry]) -> list[Plan]:
+def check_jobs(batch: Batch, entries: dict[str, Entry], seen: dict[str, int]) -> list[Plan]:
     """Return every job of the file, checked. Raises Failure (exit 2) with every bad line told."""
     faults = list(batch.jobs.faults)
     warnings: dict[str, list[int]] = {}
-    seen: dict[str, int] = {}
     plans = []
     for row, (number, _) in enumerate(batch.jobs.rows):
         console = Console(quiet=True)
@@ -5260,14 +5266,35 @@ def check_job(
         " ".join(str(word) for word in words if word),
         estimate.amount if estimate else 0.0,
     )
-    for claim in (plan.id and f"id {plan.id}", plan.output and f"output {plan.output}"):
-        if claim and seen.setdefault(claim, row) != row:
-            other = batch.jobs.rows[seen[claim]][0]
-            raise Failure(f"{printable(claim, 100)} is line {other}'s already")
+    if plan.id or plan.output:
+        claim_names(plan, batch.target(plan, request), batch, seen)
     entry = entries.get(plan.identity)
     if plan.output and not (entry and entry.state in PAID_STATES):
         check_target(batch.target(plan, request), bool(batch.args.sidecar))
     return plan
+
+
+def claim_names(plan: Plan, target: Target, batch: Batch, seen: dict[str, int]) -> None:
+    """Refuse names that another line has, or that the batch itself writes."""
+    paths = [target.path(k, "png") for k in range(target.planned)] if target.name or plan.id else []
+    for path in paths:
+        if os.path.dirname(path) == batch.folder and OWN_NAMES.fullmatch(os.path.basename(path)):
+            raise Failure(f"output {plan.output} is a file of the batch itself")
+        claim = os.path.normcase(os.path.splitext(path)[0]).lower()
+        if seen.setdefault(claim, plan.row) != plan.row:
+            other = batch.jobs.rows[seen[claim]][0]
+            raise Failure(f"{os.path.basename(path)} is what line {other} is saved as")
+
+
+def claimed_numbers(batch: Batch, seen: dict[str, int]) -> set[int]:
+    """Return the numbers that no job may get, as an id or output has their name."""
+    folder = os.path.normcase(batch.folder).lower() + os.sep
+    matches = (
+        re.fullmatch(r"([0-9]{4,9})(-[0-9]+)?", claim[len(folder) :])
+        for claim in seen
+        if claim.startswith(folder)
+    )
+    return {int(match[1]) for match in matches if match}
 
 
 def occurrence(text: str, seen: dict[str, int]) -> str:
@@ -5280,7 +5307,9 @@ def occurrence(text: str, seen: dict[str, int]) -> str:
     return f"{key}-{seen[key]}"
 
 
-def match_plans(plans: list[Plan], entries: dict[str, Entry], batch: Batch) -> list[Plan]:
+def match_plans(
+    plans: list[Plan], entries: dict[str, Entry], batch: Batch, claimed: set[int]
+) -> list[Plan]:
     """Return this shard's jobs with what the journal says of them and what is to be done.
 
     Raises Failure (exit 2) where a change of options would pay again for what is there.
@@ -5289,10 +5318,11 @@ def match_plans(plans: list[Plan], entries: dict[str, Entry], batch: Batch) -> l
     current = {plan.identity for plan in plans}
     gone = {entry.line: entry for key, entry in entries.items() if key not in current}
     kept = [e for key, e in entries.items() if key in current or e.state in PAID_STATES]
-    taken = {entry.number for entry in kept}
+    taken = claimed | {entry.number for entry in kept}
     free = max([len(plans), *taken])
     pending = any(entry.state == REDO for entry in entries.values())
     found, differing = [], []
+    names: dict[str, int] = {}
     for plan in plans:
         entry, number = entries.get(plan.identity), plan.row + 1
         changed = None if entry else gone.get(plan.line)
@@ -5300,6 +5330,10 @@ def match_plans(plans: list[Plan], entries: dict[str, Entry], batch: Batch) -> l
             number = (entry or changed).number  # type: ignore[union-attr]
         elif number in taken:
             free = number = free + 1
+        first = names.setdefault(plan._replace(number=number).name, plan.row)
+        if first != plan.row:
+            lines = [batch.jobs.rows[row][0] for row in (plan.row, first)]
+            raise Failure("line {}: line {} is saved under this name already".format(*lines))
         if plan.row % shards == shard - 1:
             plan = plan._replace(number=number, entry=entry)
             found.append(decide(plan, changed, pending, batch.args.redo))
@@ -5566,6 +5600,7 @@ body {{ margin: 0; padding: 1.5rem; background: var(--page); color: var(--ink);
   font: 15px/1.45 system-ui, sans-serif }}
 h1 {{ margin: 0; font-size: 1.3rem; overflow-wrap: anywhere }}
 header p {{ margin: .2rem 0 1.5rem; color: var(--dim) }}
+header a {{ color: var(--bad) }}
 main {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)) }}
 figure {{ margin: 0; background: var(--card); border-radius: 8px; overflow: hidden;
   content-visibility: auto; contain-intrinsic-size: 240px 340px }}
@@ -5621,12 +5656,15 @@ def gallery_parts(title: str, folder: str, rows: list[Entry]) -> Iterator[str]:
     from html import escape
 
     saved = sum(entry.state == SAVED for entry in rows)
+    lacking = [entry.id for entry in rows if entry.state not in (SAVED, REDO)]
+    links = [f'<a href="#{escape(name)}">{escape(name)}</a>' for name in lacking[:50]]
+    more = f" and {len(lacking) - 50} more" if len(lacking) > 50 else ""
     totals = f"{saved} of {plural(len(rows), 'job')} saved"
+    totals += f"; not whole: {' '.join(links)}{more}" if lacking else ""
     yield GALLERY_HEAD.format(title=escape(title), totals=totals)
     for entry in rows:
-        line = line_at(entry.place)
-        if line.get("state") != REDO:
-            yield from gallery_figures(line, folder)
+        if entry.state != REDO:
+            yield from gallery_figures(line_at(entry.place), folder)
     yield "</main>\n</html>\n"
 
 
@@ -5652,7 +5690,7 @@ def gallery_figures(line: dict[str, Any], folder: str) -> Iterator[str]:
         words = [name, size, *gallery_figures_cost(line)]
         told = " · ".join(escape(word) for word in words if word)
         caption = f'<span class="prompt" title="{prompt}">{prompt}</span><small>{told}</small>'
-        yield f"<figure>{body}<figcaption>{caption}</figcaption></figure>\n"
+        yield f'<figure id="{name}">{body}<figcaption>{caption}</figcaption></figure>\n'
 
 
 def gallery_figures_cost(line: dict[str, Any]) -> list[str]:
@@ -6032,7 +6070,9 @@ def plan_batch(batch: Batch) -> dict[str, Entry]:
     """Check every job and decide what is to be done; return what the journals say."""
     journals = journals_in(batch.folder, batch.journal.path)
     entries = read_journals(journals, batch.settings.sandbox)
-    batch.plans = match_plans(check_jobs(batch, entries), entries, batch)
+    seen: dict[str, int] = {}
+    plans = check_jobs(batch, entries, seen)
+    batch.plans = match_plans(plans, entries, batch, claimed_numbers(batch, seen))
     for plan in batch.plans:
         state = plan.entry.state if plan.entry else LEFT
         batch.states[plan.row] = LEFT if plan.send else "skipped" if state == SAVED else state
@@ -6444,8 +6484,9 @@ def init_config(args: Args, console: Console) -> int:
     if not console.json:
         console.emit(f"Wrote: {path}")
     name = settings["api_key_env"]
+    check = f"config --check --profile {profile}" if profile and exists else "config --check"
     if not env.get(name):
-        console.say(f"next: export {name}=YOUR-KEY, then config --check")
+        console.say(f"next: export {name}=YOUR-KEY, then {check}")
     return emit_document("config", {"config_file": path}, console)
 
 
@@ -6950,7 +6991,7 @@ def run(argv: list[str], session: Session) -> int:
     session = session._replace(
         new=bool(args.new),
         retry_unsafe=bool(args.retry_unsafe),
-        digest=bool(console.json or args.sidecar),
+        digest=bool(console.json or args.sidecar or args.command == "batch"),
         sidecar=bool(args.sidecar),
     )
     return COMMANDS[args.command][1](args, session)

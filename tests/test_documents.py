@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import functools
 import json
+import py_compile
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import unittest
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,7 @@ if __name__ == "__main__":
 
 import gpt_image2
 from tests.pictures import png, png_chunks
-from tests.support import ROOT, SCRIPT, Case, clean_environment
+from tests.support import ROOT, SCRIPT, Case, clean_environment, start
 
 README, SKILL, CHANGELOG = (ROOT / name for name in ("README.md", "SKILL.md", "CHANGELOG.md"))
 FIRST_PICTURE = ROOT / "docs" / "first-picture.png"
@@ -48,7 +50,7 @@ CALL = re.compile(r"(?:^|\| ?)(?:[A-Z_0-9]+=\S+ )*(?:python3 \S*gpt_image2\.py|g
 WRAPPER = """#!/bin/sh
 case $0 in *python3) shift;; esac
 case ${{1-}} in
-    generate|edit) command=$1; shift; set -- "$command" --sandbox "$@";;
+    generate|edit|batch) command=$1; shift; set -- "$command" --sandbox "$@";;
 esac
 {python} {script} "$@"
 code=$?
@@ -113,9 +115,15 @@ def one_line(text: str) -> str:
 @functools.lru_cache(maxsize=None)
 def help_text(command: str) -> str:
     """Return what `COMMAND --help` prints."""
-    argv = [sys.executable, str(SCRIPT), command, "--help"]
-    done = subprocess.run(argv, stdout=subprocess.PIPE, env=clean_environment(), check=True)
-    return done.stdout.decode()
+    return printed([command, "--help"], clean_environment())
+
+
+def printed(argv: list[str], env: dict[str, str]) -> str:
+    """Return what a call of the tool prints; it must go well."""
+    tool = start(SCRIPT, argv, env=env, cwd=ROOT)
+    out, err = tool.communicate(timeout=60)
+    assert tool.returncode == 0, err.decode()
+    return out.decode()
 
 
 OPTIONS_BLOCK = re.compile(r"(<!-- options:(\w+) -->\n)(.*?)(<!-- /options:\2 -->)", re.DOTALL)
@@ -140,6 +148,15 @@ def parsed(command_line: str) -> None:
 class TestShellExamples(Case):
     """Each shell block is a script, run in a folder that holds the pictures it speaks of."""
 
+    compiled: Path  # the tool, compiled once for all calls
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.compiled = Path(folder.name, "tool.pyc")
+        py_compile.compile(str(SCRIPT), str(cls.compiled), doraise=True)
+
     def world(self, name: str) -> tuple[Path, dict[str, str]]:
         """Return a work folder with input files, and an environment whose calls are noted."""
         home = self.tmp / name
@@ -148,16 +165,20 @@ class TestShellExamples(Case):
             folder.mkdir(parents=True)
         (work / "gpt_image2.py").symlink_to(SCRIPT)
         (work / "prompt.txt").write_text("a harbour at dawn\n")
+        (work / "prompts.txt").write_text("a harbour at dawn\na harbour at night\n")
+        (jobs,) = blocks(README, "jsonl")
+        (work / "jobs.jsonl").write_text(jobs.text)
         for picture in ("room.png", "input.png", "fruit/apple.png", "fruit/pear.png"):
             (work / picture).write_bytes(png(1024, 768))
         (work / "mask.png").write_bytes(png(1024, 768, hole=(10, 10, 200, 200)))
-        quoted = {"python": shlex.quote(sys.executable), "script": shlex.quote(str(SCRIPT))}
+        quoted = {"python": shlex.quote(sys.executable), "script": shlex.quote(str(self.compiled))}
         for program in ("python3", "gpt-image2"):
             (programs / program).write_text(WRAPPER.format(**quoted))
             (programs / program).chmod(0o700)
         (home / "calls").touch()
         env = {name: value for name, value in self.env.items() if not name.startswith("XDG_")}
         env.update(HOME=str(home), TMPDIR=str(home / "tmp"), CALLS=str(home / "calls"))
+        env.update(SLURM_ARRAY_TASK_ID="2", JOB_COMPLETION_INDEX="2")
         env["PATH"] = f"{programs}:{env.get('PATH', '/usr/bin:/bin')}"
         return work, env
 
@@ -308,7 +329,7 @@ class TestJsonExamples(Case):
 class TestTables(unittest.TestCase):
     def test_help_texts(self) -> None:
         text = README.read_text(encoding="utf-8")
-        self.assertEqual([match[2] for match in OPTIONS_BLOCK.finditer(text)], ["generate", "edit"])
+        self.assertEqual([match[2] for match in OPTIONS_BLOCK.finditer(text)], ["generate", "batch", "edit"])
         self.assertEqual(
             with_help_texts(text), text, "run: python3 tests/test_documents.py --write"
         )
@@ -393,15 +414,9 @@ def estimate(size: str, quality: str) -> str:
     """Return what --dry-run estimates for the README's cat."""
     argv = ["generate", "a cat on a windowsill", "-s", size, "--quality", quality, "--dry-run"]
     env = {**clean_environment(), "XDG_CONFIG_HOME": "/nonexistent", "HOME": "/nonexistent"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=env,
-        check=True,
-    )
-    found = re.search(r"^estimate: about (\S+)$", done.stdout.decode(), re.MULTILINE)
-    assert found, done.stdout
+    out = printed(argv, env)
+    found = re.search(r"^estimate: about (\S+)$", out, re.MULTILINE)
+    assert found, out
     return found[1]
 
 
@@ -478,8 +493,6 @@ class TestChangelog(unittest.TestCase):
 
 def write() -> None:
     """Bring what is generated up to date: the README's help texts and its first picture."""
-    import tempfile
-
     text = README.read_text(encoding="utf-8")
     README.write_text(with_help_texts(text), encoding="utf-8")
     with tempfile.TemporaryDirectory() as home:
