@@ -13,8 +13,8 @@ paid picture is ever lost, none is paid for twice by surprise, and no key ever s
 
 The sections stand in the order of the pipeline; each uses only what is above it:
 Facts, Failures, Values, Console, Pictures as bytes, Sizes, Settings, Requests, Planned paths,
-Job folders, Curl, Replies, Verdicts, Downloads, Saving, Cost, One request, Reports, Sandbox,
-Commands, Command line, Main.
+Job folders, Curl, Replies, Verdicts, Downloads, Saving, Preview, Cost, One request, Reports,
+Jobs files, Journal, Batch, Gallery, Sandbox, Commands, Command line, Completion, Main.
 """
 
 from __future__ import annotations
@@ -364,7 +364,7 @@ OUR_CODES: dict[int, tuple[str, ...]] = {
     EXIT_POLICY: ("content_policy",),
     EXIT_LIMIT: ("limit",),
     EXIT_NETWORK: ("network",),
-    EXIT_UNKNOWN: ("unknown_outcome", "no_image"),
+    EXIT_UNKNOWN: ("unknown_outcome", "no_image", "under_way"),
     EXIT_PARTIAL: ("partly_saved",),
     EXIT_UNSAVED: ("not_saved", "bad_image", "download_failed"),
     130: ("interrupted",),  # 129 and 143 too
@@ -2152,8 +2152,11 @@ class Keeper:
     mark: dict[str, Any] | None = None  # what job.json says of the batch
     entry: Mapping[str, Any] = {}  # what the batch's journal says of the job
 
+    def enter(self) -> None:
+        """Hold a POST back while it must not leave."""
+
     def sending(self, job: Job) -> None:
-        """Hear that a POST is about to leave, and hold it back while it must not."""
+        """Hear that a POST leaves now."""
 
     def pause(self, seconds: float) -> None:
         """Wait as a server asked."""
@@ -2171,6 +2174,7 @@ class Session(NamedTuple):
     retry_unsafe: bool = False
     digest: bool = False  # compute each picture's sha256
     sidecar: bool = False
+    preview: bool = False
     mode: int = 0o644  # what the umask leaves of 0666; read once, as threads race on it
     keeper: Keeper = Keeper()
     root: str = ""  # the folder for jobs, if it was tried before
@@ -3798,6 +3802,8 @@ def save_pictures(reply: Reply, job: Job, task: Task) -> Saving:
         pictures.append(picture)
         check_against_request(index, picture, task)
         task.console.saved(picture)
+        if task.session.preview:
+            preview(picture, task.console)
     return Saving(tuple(pictures), tuple(problems), fallbacks)
 
 
@@ -3863,6 +3869,107 @@ def check_against_request(index: int, picture: Picture, task: Task) -> None:
     planned = target.path(index, FORMATS[picture.format][0][0])
     if os.path.dirname(picture.path) == os.path.dirname(planned) and picture.path != planned:
         console.warn(f"{os.path.basename(planned)} is there by now; the picture is {name}")
+
+
+################################################################################
+# Preview
+################################################################################
+# A saved picture in the terminal itself, by the protocol that the terminal speaks.
+
+KITTY, ITERM = "kitty", "iterm2"
+# Variable, what it holds there, protocol: each terminal's own documents, 2026-11-21. The first row
+# that fits counts, so that a terminal within another wins by what it sets itself.
+TERMINALS = tuple(
+    tuple(row)
+    for row in table_rows("""
+TERM_PROGRAM | WezTerm   | iterm2
+TERM_PROGRAM | vscode    | iterm2
+TERM_PROGRAM | iTerm.app | iterm2
+TERM_PROGRAM | ghostty   | kitty
+TERM         | xterm-kitty   | kitty
+TERM         | xterm-ghostty | kitty
+KITTY_WINDOW_ID |        | kitty
+GHOSTTY_RESOURCES_DIR |  | kitty
+KONSOLE_VERSION |        | kitty
+LC_TERMINAL  | iTerm2    | iterm2
+""")
+)
+NO_PREVIEW = "--preview needs a kitty, Ghostty, WezTerm, Konsole, iTerm2 or VS Code terminal"
+
+
+def terminal_protocol(env: Mapping[str, str]) -> str:
+    """Return the graphics protocol that the terminal speaks, or nothing."""
+    for name, value, protocol in TERMINALS:
+        if env.get(name) and value in ("", env[name]):
+            return protocol
+    return ""
+
+
+def preview(picture: Picture, console: Console) -> None:
+    """Show a saved picture on the terminal that stderr is, or say why not."""
+    from shutil import get_terminal_size
+
+    protocol = terminal_protocol(os.environ)
+    if not protocol or not sys.stderr or not sys.stderr.isatty():
+        console.warn(NO_PREVIEW)
+        return
+    if protocol == KITTY and picture.format != "png":
+        console.warn("--preview: this terminal shows png only")
+        return
+    size = get_terminal_size()
+    shape = picture.width / max(1, picture.height)
+    columns = max(1, min(size.columns - 1, 60, round(2 * shape * (size.lines - 3))))
+    rows = max(1, round(columns / shape / 2))  # a cell is about twice as high as wide
+    tmux = bool(os.environ.get("TMUX"))
+    pieces = kitty_pieces if protocol == KITTY else iterm_pieces
+    try:
+        with open(picture.path, "rb") as file:
+            write_preview(pieces(file, picture.bytes, columns, rows, tmux), rows, tmux, console)
+    except OSError as error:
+        console.warn(f"--preview: {os_reason(error)}")
+
+
+def write_preview(pieces: Iterable[bytes], rows: int, tmux: bool, console: Console) -> None:
+    """Write the escape sequences; tmux passes them on, but doesn't know of the rows they take."""
+    room = b"\n" * rows + b"\x1b[%dA" % rows if tmux else b""
+    with console.lock:
+        console.on_line()
+        write_stream(sys.stderr, room)
+        for piece in pieces:
+            passed = b"\x1bPtmux;" + piece.replace(b"\x1b", b"\x1b\x1b") + b"\x1b\\"
+            write_stream(sys.stderr, passed if tmux else piece)
+        write_stream(sys.stderr, b"\x1b[%dB\r" % rows if tmux else b"\n")
+
+
+def kitty_pieces(
+    file: IO[bytes], size: int, columns: int, rows: int, tmux: bool
+) -> Iterator[bytes]:
+    """Yield kitty's sequences: a PNG as base64 in chunks of 4096, q=2 so that it answers nothing.
+
+    Older ones (0.26) stretch a picture whose rows they aren't told. In tmux the cursor stays (C=1),
+    as tmux would not know that it moved.
+    """
+    from binascii import b2a_base64
+
+    lead = b"a=T,f=100,q=2,c=%d,r=%d,%s" % (columns, rows, b"C=1," if tmux else b"")
+    for piece in iter(lambda: file.read(3072), b""):
+        more = b"m=1" if file.tell() < size else b"m=0"
+        yield b"\x1b_G" + lead + more + b";" + b2a_base64(piece, newline=False) + b"\x1b\\"
+        lead = b""
+
+
+def iterm_pieces(
+    file: IO[bytes], size: int, columns: int, rows: int, tmux: bool
+) -> Iterator[bytes]:
+    """Yield iTerm2's sequences: one for the file, or many, as tmux takes no long one."""
+    from binascii import b2a_base64
+
+    told = b"inline=1;size=%d;width=%d;preserveAspectRatio=1" % (size, columns)
+    yield b"\x1b]1337;" + (b"MultipartFile=" + told + b"\a" if tmux else b"File=" + told + b":")
+    for piece in iter(lambda: file.read(3 * 4096), b""):
+        text = b2a_base64(piece, newline=False)
+        yield b"\x1b]1337;FilePart=" + text + b"\a" if tmux else text
+    yield b"\x1b]1337;FileEnd\a" if tmux else b"\a"
 
 
 ################################################################################
@@ -4163,7 +4270,8 @@ def carry_out(job: Job, task: Task) -> Outcome:
     try:
         job, answer = deliver(job, task)
     except Interrupted as stop:
-        failure = stopped(stop.number, bool(job.answer_size()))
+        detached = task.session.keeper.detached
+        failure = stopped(stop.number, bool(job.answer_size()), detached=detached)
         return settle(job, outcome._replace(failure=failure), task)
     return finish_job(job, outcome._replace(answer=answer), task)
 
@@ -4256,12 +4364,14 @@ def announce(task: Task) -> None:
     task.console.say(f"POST {task.settings.base.url}/images/{task.request.endpoint} {shown}")
 
 
-def stopped(number: int, answered: bool, unsent: bool = False) -> Failure:
+def stopped(number: int, answered: bool, unsent: bool = False, detached: bool = False) -> Failure:
     """Return the failure of a call that a signal ended."""
     from signal import Signals as Names
 
     why = "part of the answer is kept" if answered else "no answer had come"
     billed = "nothing was sent" if unsent else f"{why}; the request may have been billed"
+    if detached and not unsent:
+        billed = "its request goes on; the same command picks the answer up"
     name = Names(number).name
     return Failure(
         f"stopped by {name}: {billed}", 128 + number, code="interrupted", maybe_billed=not unsent
@@ -4317,7 +4427,9 @@ def deliver(job: Job, task: Task) -> tuple[Job, Answer]:
 def post(job: Job, watch: Watch, task: Task) -> CurlEnd:
     """Run curl for the paid POST. Raises Failure where nothing could be sent."""
     config = post_config(job, task)
-    os.truncate(job.path(ANSWER), 0)  # curl does so with the first byte only
+    task.session.keeper.enter()
+    for name in (ANSWER, CURL_LINE):  # curl does so with the first byte only
+        os.truncate(job.path(name), 0)
     with open(job.path(HEADERS), "wb") as file:
         file.write(UNTOUCHED)
     task.session.keeper.sending(job)
@@ -4372,7 +4484,8 @@ def save_answer(outcome: Outcome, job: Job, task: Task) -> Outcome:
         failure = answer.verdict.failure
         sent = answer.verdict.kind == "unknown"
         if answer.end.signal and (sent or answer.verdict.retry):
-            failure = stopped(answer.end.signal, bool(job.answer_size()), not sent)
+            detached = task.session.keeper.detached
+            failure = stopped(answer.end.signal, bool(job.answer_size()), not sent, detached)
         return outcome._replace(failure=failure)
     saving = save_pictures(answer.reply, job, task)
     lacking = saving_failure(saving, task.request.total)
@@ -4814,7 +4927,9 @@ class Entry(NamedTuple):
     exit_code: int
     spent: float  # on all its saved answers
     estimate: float
+    time: str
     place: tuple[str, int]  # journal, offset
+    redo: bool = False  # a --redo chose it, and has not brought it to an end yet
 
 
 class Journal:
@@ -4874,44 +4989,79 @@ def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 offset += len(line)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise Failure(f"cannot read {path}: {os_reason(error)}", EXIT_REFUSED) from None
 
 
-def journals_in(folder: str, own: str = "") -> list[str]:
-    """Return the journals in a folder, the own one last: what other shards saved counts too."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    paths = [os.path.join(folder, name) for name in names if JOURNAL_NAME.fullmatch(name)]
-    return sorted(paths, key=lambda path: (path == own, path))
+def journals_in(folder: str) -> list[str]:
+    """Return the journals in a folder: what other shards saved counts too."""
+    names = filter(JOURNAL_NAME.fullmatch, list_folder(folder))
+    return sorted(os.path.join(folder, name) for name in names)
+
+
+def list_folder(folder: str) -> list[str]:
+    """Return the names in a folder that may not be there."""
+    return os.listdir(folder) if os.path.isdir(folder) else []
 
 
 def read_journals(paths: Iterable[str], sandbox: bool) -> dict[str, Entry]:
     """Return the last word on each job, by its identity; the sandbox's are a world of their own."""
     entries: dict[str, Entry] = {}
     for path in paths:
+        own: dict[str, Entry] = {}
+        sound = False
         for offset, value in read_lines(path):
             identity = value.get("identity")
+            sound = sound or isinstance(identity, str)
             if isinstance(identity, str) and bool(value.get("sandbox")) == sandbox:
-                entries[identity] = read_entry(value, (path, offset), entries.get(identity))
+                own[identity] = read_entry(value, (path, offset), own.get(identity))
+        if not sound and b"\n" in read_start(path):
+            raise Failure(f"{path} holds no line that can be read", hint="mend it or move it away")
+        for identity, entry in own.items():
+            entries[identity] = later(entry, entries.get(identity))
     return entries
+
+
+def later(entry: Entry, other: Entry | None) -> Entry:
+    """Return which word on a job counts, of two journals: one that was paid for, else the newer."""
+    if not other:
+        return entry
+    first, second = ((one.state in PAID_STATES, one.time) for one in (entry, other))
+    return (entry if first >= second else other)._replace(spent=entry.spent + other.spent)
+
+
+def read_start(path: str) -> bytes:
+    """Return the first bytes of a file."""
+    with open(path, "rb") as file:
+        return file.read(WINDOW)
+
+
+def part(value: Any, name: str, kind: type) -> Any:
+    """Return one part of a parsed object, or an empty one where it is of another kind."""
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, kind) else kind()
 
 
 def read_entry(value: dict[str, Any], place: tuple[str, int], before: Entry | None) -> Entry:
     """Return one line of a journal as an Entry, with what earlier lines of the job spent."""
-    state, cost, estimate = value.get("state"), value.get("cost"), value.get("estimate")
-    amount = cost.get("amount") if isinstance(cost, dict) else None
-    guess = float(estimate) if isinstance(estimate, (int, float)) else 0.0
+    state, guess = part(value, "state", str), part(value, "estimate", float)
+    if state == REDO and before:
+        return before._replace(redo=True)
     spent = before.spent if before else 0.0
     if state in (SAVED, PARTIAL):
-        spent += float(amount) if isinstance(amount, (int, float)) else guess
+        spent += part(part(value, "cost", dict), "amount", float) or guess
     return Entry(
-        state if isinstance(state, str) else UNKNOWN,
+        state or UNKNOWN,
         count(value, "number"),
-        str(value.get("id") or ""),
-        str(value.get("line")),
-        str(value.get("job_id") or ""),
+        part(value, "id", str),
+        part(value, "line", str),
+        part(value, "job_id", str),
         count(value.get("error"), "exit_code"),
         spent,
         guess,
+        part(value, "time", str),
         place,
+        bool(before and before.redo and state == SENT),
     )
 
 
@@ -5020,12 +5170,15 @@ class JobKeeper(Keeper):
         self.entry = entry
         self.mark = {"journal": self.journal.path, "entry": entry}
 
-    def sending(self, job: Job) -> None:
-        """Wait for the gate, then put the POST on record."""
+    def enter(self) -> None:
+        """Wait for the gate."""
         try:
             self.gate.enter()
         except Interrupted as stop:
             raise stopped(stop.number, False, unsent=True) from None
+
+    def sending(self, job: Job) -> None:
+        """Put the POST on record."""
         self.journal.add({"state": SENT, **self.entry, "job_id": job.id})
 
     def pause(self, seconds: float) -> None:
@@ -5075,15 +5228,18 @@ class Batch:
         force = bool(self.args.force)
         if plan.output is not None:
             return plan_target(plan.output, self.folder, request, self.settings, force)
-        stem = plan.name + ("-sandbox" if self.settings.sandbox else "")
-        total = request.total
+        stem, total = self.stem_of(plan), request.total
         stems = tuple(f"{stem}-{k + 1}" for k in range(total)) if total > 1 else (stem,)
         return Target(self.folder, "", stems, total, force)
+
+    def stem_of(self, plan: Plan) -> str:
+        """Return what the names of a job's pictures begin with."""
+        return plan.name + ("-sandbox" if self.settings.sandbox else "")
 
     def task(self, plan: Plan, console: Console) -> Task:
         """Return a job as the pipeline takes it. Raises Failure where it isn't what was checked."""
         request, _ = self.request(plan.row, Console(quiet=True))
-        if request_hash(request)[:16] != plan.identity[:16]:
+        if batch_hash(request) != plan.identity.partition("-")[0]:
             raise Failure("an input picture changed since the check", EXIT_REFUSED)
         fields = {name: value for name, value in request.fields if name != "prompt"}
         prompt = self.console.scrub(str(request.get("prompt")))[:2000]
@@ -5145,8 +5301,13 @@ class Batch:
         """Finish what an earlier run left of a job, else send it."""
         task = self.task(plan, console)
         job = self.take_up(plan) if plan.look else None
-        if job or plan.send:
-            return carry_out(job or create_job(task), task)
+        if job:
+            outcome = carry_out(job, task)
+            lacking = state_of(outcome) == UNKNOWN and not outcome.pictures
+            if not (lacking and plan.send) or SIGNALS.number:
+                return outcome
+        if plan.send:
+            return carry_out(create_job(task), task)
         why = "it was sent, its outcome is unknown, and no answer of it is kept"
         failure = Failure(why, EXIT_UNKNOWN, hint=JobKeeper.again, maybe_billed=True)
         outcome = Outcome(task.request.command, task.request, failure=failure)
@@ -5162,7 +5323,7 @@ class Batch:
             return None
         job = take_job(folder)
         if not job:
-            raise Failure("another process works on it", EXIT_UNKNOWN, maybe_billed=True)
+            raise Failure("another process works on it", EXIT_UNKNOWN, code="under_way")
         if not (job.answered or job.untouched or curl_lives(job)):
             if plan.send:
                 set_status(job, "set aside")
@@ -5186,7 +5347,9 @@ class Batch:
     def finish(self, plan: Plan, outcome: Outcome, console: Console) -> None:
         """Put a job's end into the sums, and tell it."""
         failure, state = outcome.failure, state_of(outcome)
-        if failure and failure.code == "interrupted" and state == FAILED:
+        if failure and failure.code == "under_way":
+            state = LEFT
+        elif failure and failure.code == "interrupted" and state == FAILED:
             failure, state = None, LEFT
         cost = outcome.cost.amount if outcome.cost else plan.estimate
         known = plan.entry.estimate if plan.entry and plan.look and not plan.send else 0.0
@@ -5254,14 +5417,12 @@ def check_job(
     """Return one job as a Plan. Raises Failure for a line that can't be sent as it is."""
     request, line = batch.request(row, console)
     estimate = estimate_cost(request, batch.settings)
-    if batch.args.max_cost is not None and not estimate and not batch.settings.sandbox:
-        raise Failure(f"no price is known for {request.get('model')}, so --max-cost can't be kept")
     words = [request.command, *(request.get(name) for name in ("model", "size", "quality"))]
     plan = Plan(
         row,
         line_id(line),
-        occurrence(request_hash(request), seen),
-        occurrence(json.dumps(line, sort_keys=True), seen),
+        occurrence(batch_hash(request), seen),
+        occurrence(line_hash(line), seen),
         line_text(line, "output"),
         " ".join(str(word) for word in words if word),
         estimate.amount if estimate else 0.0,
@@ -5297,12 +5458,22 @@ def claimed_numbers(batch: Batch, seen: dict[str, int]) -> set[int]:
     return {int(match[1]) for match in matches if match}
 
 
-def occurrence(text: str, seen: dict[str, int]) -> str:
-    """Return a text's hash and the how-manieth of its kind it is: equal ones are variants."""
+def batch_hash(request: Request) -> str:
+    """Return what a job is known by: what is sent, but for a format that only a name asked for."""
+    fields = tuple(pair for pair in request.fields if pair != ("output_format", "png"))
+    return request_hash(request._replace(fields=fields))[:16]
+
+
+def line_hash(line: dict[str, Any]) -> str:
+    """Return what a line is known by, whatever options stand around it."""
     from hashlib import sha256
 
-    key = text[:16] if re.fullmatch("[0-9a-f]{64}", text) else ""
-    key = key or sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    text = json.dumps(line, sort_keys=True)
+    return sha256(text.encode("ascii")).hexdigest()[:16]
+
+
+def occurrence(key: str, seen: dict[str, int]) -> str:
+    """Return a hash and the how-manieth of its kind it is: equal ones are variants."""
     seen[key] = seen.get(key, 0) + 1
     return f"{key}-{seen[key]}"
 
@@ -5320,7 +5491,9 @@ def match_plans(
     kept = [e for key, e in entries.items() if key in current or e.state in PAID_STATES]
     taken = claimed | {entry.number for entry in kept}
     free = max([len(plans), *taken])
-    pending = any(entry.state == REDO for entry in entries.values())
+    pending = any(entry.redo for entry in entries.values())
+    known = {entry.id for entry in entries.values()}
+    stems = {os.path.splitext(name)[0] for name in list_folder(batch.folder)}
     found, differing = [], []
     names: dict[str, int] = {}
     for plan in plans:
@@ -5335,8 +5508,15 @@ def match_plans(
             lines = [batch.jobs.rows[row][0] for row in (plan.row, first)]
             raise Failure("line {}: line {} is saved under this name already".format(*lines))
         if plan.row % shards == shard - 1:
-            plan = plan._replace(number=number, entry=entry)
-            found.append(decide(plan, changed, pending, batch.args.redo))
+            plan = decide(
+                plan._replace(number=number, entry=entry), changed, pending, batch.args.redo
+            )
+            found.append(plan)
+            foreign = plan.name not in known and not (plan.output or entry or batch.args.force)
+            if foreign and stems & {batch.stem_of(plan), f"{batch.stem_of(plan)}-1"}:
+                hint = "pass --force to replace it, or another --output-dir"
+                name = batch.stem_of(plan)
+                raise Failure(f"{name} is in {batch.folder} and no journal knows it", hint=hint)
             if changed and changed.state in PAID_STATES and not found[-1].send:
                 differing.append((found[-1], changed))
     if differing:
@@ -5351,13 +5531,13 @@ def decide(plan: Plan, changed: Entry | None, pending: bool, redo: str | None) -
     A --redo that was cut short is finished before another one begins (`pending`).
     """
     state = plan.entry.state if plan.entry else ""
-    named = redo == "all" or (redo is not None and plan.name in redo.split(","))
-    again = named and not pending
+    named = redo == "all" or (redo not in (None, *REDO_WORDS) and plan.name in redo.split(","))
+    again = named and bool(not pending or (plan.entry and plan.entry.redo))
     again = again or (redo == "failed" and state == REFUSED)
     again = again or (redo == "unknown" and state in (PARTIAL, SENT, UNKNOWN))
     if changed and changed.state in PAID_STATES:
         return plan._replace(send=redo == "changed" or again)
-    return plan._replace(send=again or state in ("", FAILED, REDO), look=state in (SENT, UNKNOWN))
+    return plan._replace(send=again or state in ("", FAILED), look=state in (SENT, UNKNOWN))
 
 
 def differing_failure(differing: list[tuple[Plan, Entry]], batch: Batch) -> Failure:
@@ -5373,7 +5553,8 @@ def differing_failure(differing: list[tuple[Plan, Entry]], batch: Batch) -> Fail
     else:
         lost = [name for name in before if request.get(name) is None] if before else []
         what = f"{lost[0]} {before[lost[0]]} -> unset" if lost else what
-    jobs = plural(len(differing), "saved job")
+    all_saved = all(changed.state == SAVED for _, changed in differing)
+    jobs = plural(len(differing), "saved job" if all_saved else "saved or maybe billed job")
     verb = "differs" if len(differing) == 1 else "differ"
     return Failure(f"{jobs} {verb} ({what})", hint="--redo changed pays for them again")
 
@@ -5404,12 +5585,27 @@ def lock_batch(batch: Batch) -> IO[bytes]:
     lock.truncate(0)
     lock.write(str(os.getpid()).encode("ascii"))
     lock.flush()
+    refuse_other_shards(batch)
     return lock
+
+
+def refuse_other_shards(batch: Batch) -> None:
+    """Refuse to run beside a run that splits the same jobs in another way."""
+    own = re.sub(r"-\d+-of", "-N-of", os.path.basename(batch.stem))
+    for name in os.listdir(batch.folder):
+        stem, suffix = os.path.splitext(name)
+        splits_alike = re.sub(r"-\d+-of", "-N-of", stem) == own
+        if suffix != ".lock" or splits_alike or not JOURNAL_NAME.fullmatch(f"{stem}.jsonl"):
+            continue
+        other = try_lock(os.path.join(batch.folder, name))
+        if not other:
+            raise Failure(f"another run in {batch.folder} splits the jobs in another way ({stem})")
+        other.close()
 
 
 def left_folders(batch: Batch, entries: dict[str, Entry]) -> dict[str, str]:
     """Return the job folders that earlier runs left, by id; those that are of no use go."""
-    journals = journals_in(batch.folder, batch.journal.path)
+    journals = journals_in(batch.folder)
     by_id = {entry.job_id: entry for entry in entries.values()}
     found = {}
     for folder in list_jobs():
@@ -5500,7 +5696,7 @@ def count_states(batch: Batch) -> dict[str, int]:
     """Return how many jobs are in each state; `skipped` ones were saved by an earlier run."""
     totals = dict.fromkeys((SAVED, "skipped", PARTIAL, FAILED, REFUSED, UNKNOWN, LEFT), 0)
     for state in list(batch.states.values()):
-        totals[UNKNOWN if state == SENT else LEFT if state == REDO else state] += 1
+        totals[UNKNOWN if state == SENT else state] += 1
     return totals
 
 
@@ -5545,9 +5741,10 @@ def report_batch(batch: Batch, seconds: float) -> int:
         files = {"folder": batch.folder, "journal": batch.journal.path}
         files["gallery"] = os.path.join(batch.folder, GALLERY)
         console.document({**document, "summary": summary, **files, "elapsed_s": round(seconds, 2)})
-    heads, cells = [*totals, "cost"], [*totals.values(), cost or "-"]
-    console.say("".join(f"{head:>9}" for head in heads))
-    console.say("".join(f"{cell!s:>9}" for cell in cells))
+    cells = {**{name: str(number) for name, number in totals.items()}, "cost": str(cost or "-")}
+    for row in (cells, cells.values()):
+        widths = (max(len(name), len(cell)) + 2 for name, cell in cells.items())
+        console.say("".join(f"{cell:>{width}}" for cell, width in zip(row, widths)))
     console.say(f"Gallery: {os.path.join(batch.folder, GALLERY)}")
     if failure:
         console.error(f"{PROGRAM}: {failure}")
@@ -5656,15 +5853,14 @@ def gallery_parts(title: str, folder: str, rows: list[Entry]) -> Iterator[str]:
     from html import escape
 
     saved = sum(entry.state == SAVED for entry in rows)
-    lacking = [entry.id for entry in rows if entry.state not in (SAVED, REDO)]
+    lacking = [entry.id for entry in rows if entry.state != SAVED]
     links = [f'<a href="#{escape(name)}">{escape(name)}</a>' for name in lacking[:50]]
     more = f" and {len(lacking) - 50} more" if len(lacking) > 50 else ""
     totals = f"{saved} of {plural(len(rows), 'job')} saved"
     totals += f"; not whole: {' '.join(links)}{more}" if lacking else ""
     yield GALLERY_HEAD.format(title=escape(title), totals=totals)
     for entry in rows:
-        if entry.state != REDO:
-            yield from gallery_figures(line_at(entry.place), folder)
+        yield from gallery_figures(line_at(entry.place), folder)
     yield "</main>\n</html>\n"
 
 
@@ -5672,34 +5868,24 @@ def gallery_figures(line: dict[str, Any], folder: str) -> Iterator[str]:
     """Yield a figure for each picture of a job, or one that says why there is none."""
     from html import escape
 
-    fields = line.get("fields") if isinstance(line.get("fields"), dict) else {}
-    prompt, name = escape(str(line.get("prompt") or "")), escape(str(line.get("id") or ""))
-    error = line.get("error") if isinstance(line.get("error"), dict) else {}
-    pictures = line.get("images") if isinstance(line.get("images"), list) else []
-    bodies = []
-    for picture in pictures:  # type: ignore[union-attr]
-        link = escape(relative_link(str(picture.get("path")), folder))
-        size = f"{picture.get('width')}x{picture.get('height')}"
+    prompt, name = escape(part(line, "prompt", str)), escape(part(line, "id", str))
+    amount, seconds = part(part(line, "cost", dict), "amount", float), part(line, "seconds", float)
+    price = str(Cost(amount, part(line["cost"], "currency", str))) if amount else ""
+    figures = []
+    for picture in part(line, "images", list):
+        link = escape(relative_link(part(picture, "path", str), folder))
+        size = f"{part(picture, 'width', int)}x{part(picture, 'height', int)}"
         image = f'<a href="{link}"><img loading="lazy" src="{link}" alt="{prompt}"></a>'
-        bodies.append((image, size))
-    if not bodies:
-        why = str(error.get("message") or "") if error else ""
-        text = f"{line.get('state')}: {why}" if why else "under way"
-        bodies = [(f'<div class="none">{escape(text)}</div>', str(fields.get("size") or ""))]  # type: ignore[union-attr]
-    for body, size in bodies:
-        words = [name, size, *gallery_figures_cost(line)]
-        told = " · ".join(escape(word) for word in words if word)
+        figures.append((image, size))
+    if not figures:
+        why = part(part(line, "error", dict), "message", str)
+        text = escape(f"{part(line, 'state', str)}: {why}" if why else "under way")
+        figures = [(f'<div class="none">{text}</div>', "")]
+    for image, size in figures:
+        words = (name, size, escape(price), f"{seconds:.1f} s" if seconds else "")
+        told = " · ".join(word for word in words if word)
         caption = f'<span class="prompt" title="{prompt}">{prompt}</span><small>{told}</small>'
-        yield f'<figure id="{name}">{body}<figcaption>{caption}</figcaption></figure>\n'
-
-
-def gallery_figures_cost(line: dict[str, Any]) -> list[str]:
-    """Return a job's cost and seconds, as far as they are known."""
-    cost, seconds = line.get("cost"), line.get("seconds")
-    words = []
-    if isinstance(cost, dict) and isinstance(cost.get("amount"), (int, float)):
-        words.append(str(Cost(cost["amount"], str(cost.get("currency")))))
-    return words + ([f"{seconds:.1f} s"] if isinstance(seconds, (int, float)) else [])
+        yield f'<figure id="{name}">{image}<figcaption>{caption}</figcaption></figure>\n'
 
 
 def relative_link(path: str, folder: str) -> str:
@@ -5707,7 +5893,7 @@ def relative_link(path: str, folder: str) -> str:
     from urllib.parse import quote
 
     inside = os.path.dirname(path) == folder
-    where = os.path.basename(path) if inside else os.path.relpath(path, folder)
+    where = os.path.basename(path) if inside else os.path.relpath(path or folder, folder)
     return quote(where.replace(os.sep, "/").encode("utf-8", "surrogateescape"))
 
 
@@ -6068,11 +6254,15 @@ def command_batch(args: Args, session: Session) -> int:
 
 def plan_batch(batch: Batch) -> dict[str, Entry]:
     """Check every job and decide what is to be done; return what the journals say."""
-    journals = journals_in(batch.folder, batch.journal.path)
-    entries = read_journals(journals, batch.settings.sandbox)
+    entries = read_journals(journals_in(batch.folder), batch.settings.sandbox)
     seen: dict[str, int] = {}
     plans = check_jobs(batch, entries, seen)
     batch.plans = match_plans(plans, entries, batch, claimed_numbers(batch, seen))
+    capped = batch.args.max_cost is not None and not batch.settings.sandbox
+    for plan in batch.plans:
+        if capped and plan.send and not plan.estimate:
+            line = batch.jobs.rows[plan.row][0]
+            raise Failure(f"line {line}: no price is known for it, so --max-cost can't be kept")
     for plan in batch.plans:
         state = plan.entry.state if plan.entry else LEFT
         batch.states[plan.row] = LEFT if plan.send else "skipped" if state == SAVED else state
@@ -6096,7 +6286,7 @@ def begin_batch(batch: Batch, entries: dict[str, Entry]) -> None:
         root = open_jobs_folder(batch.console, batch.args.concurrency)
         batch.session = session._replace(root=root)
     for plan in sends:
-        if plan.entry and plan.entry.state in PAID_STATES:
+        if plan.entry and plan.entry.state in PAID_STATES and not plan.entry.redo:
             batch.journal.add({"state": REDO, **batch.entry(plan), "job_id": plan.entry.job_id})
     batch.queue = [*reversed(sends), *reversed(looks)]
 
@@ -6628,6 +6818,17 @@ def command_sandbox(args: Args, session: Session) -> int:
     return EXIT_OK
 
 
+def command_completion(args: Args, session: Session) -> int:
+    """completion: a shell's completions, made from the table of options."""
+    makers = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+    if len(args.words) != 1 or args.words[0] not in makers:
+        close = nearest(" ".join(args.words), makers)
+        raise Failure(f"completion takes one of bash, zsh and fish{close}")
+    for line in makers[args.words[0]]():
+        session.console.emit(line)
+    return EXIT_OK
+
+
 ################################################################################
 # Command line
 ################################################################################
@@ -6647,6 +6848,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Args, Session], int], str, str]] = {
         "write, show or check the settings",
     ),
     "sandbox": ("x", command_sandbox, "[--port P]", "a local server with placeholder pictures"),
+    "completion": ("l", command_completion, "bash|zsh|fish", "completions for your shell"),
 }
 
 EXAMPLES = {
@@ -6701,6 +6903,12 @@ begin with OpenAI-HK:
   config --init --profile openai-hk
 see whether everything works, without spending:
   config --check
+""",
+    "completion": """
+in ~/.bashrc or ~/.zshrc (for zsh after compinit):
+  eval "$(gpt-image2 completion bash)"
+for fish:
+  completion fish > ~/.config/fish/completions/gpt-image2.fish
 """,
     "sandbox": """
 a server for a pipeline's tests:
@@ -6844,12 +7052,13 @@ OPTIONS = """
 --mask         | FILE      | e    | pictures   | PNG, transparent where the first picture may change
 --mask-box     | X,Y,W,H   | e    | pictures   | draw that mask: a box in the first picture
 --markup       | FILE      | e    | pictures   | transparent PNG with marks on it (2.5 and 2.6)
---image-field  | NAME      | e    | pictures   | the pictures' form field: auto, image or image[]
+--image-field  | auto image image[] | e | pictures | the form field of the pictures
 -o --output    | PATH      | ger  | output     | a file, a folder (or FOLDER/), or - for stdout
 --output-dir   | DIR       | ger  | output     | folder for generated names (default: current)
 --output-dir   | DIR       | b    | output     | folder for all (default: JOBS without its suffix)
 --force        |           | gebrc | output    | replace what exists
 --sidecar      |           | geb  | output     | write PICTURE.json: request, usage, cost
+--preview      |           | ger  | output     | show the picture in the terminal, if it can
 --dry-run      |           | geb  | output     | show request, paths and an estimate; send nothing
 --list         |           | r    | jobs       | list them, as without an ID
 --last         |           | r    | jobs       | the newest one
@@ -6867,14 +7076,14 @@ OPTIONS = """
 --port         | 0..65535  | x    | sandbox    | the port (default: a free one)
 --config       | FILE      | gebrcxh | connection | the config file
 --profile      | NAME      | gebrcxh | connection | the profile in it
---provider     | NAME      | gebrcx | connection | openai openai-hk nodekey azure generic
+--provider | openai openai-hk nodekey azure generic | gebrcx | connection | whose rules hold
 --base-url     | URL       | gebrc | connection | the server, up to and with /v1
 --api-key      | KEY       | gebrc | connection | the key; anyone can see it in ps
 --timeout      | SECONDS   | gebrc | connection | for the whole answer (default 600)
 --connect-timeout | SECONDS | gebrc | connection | for the connection (default 20)
 --retries      | 0..20     | geb  | connection | of what was surely not served (default 2)
 --retry-unsafe |           | geb  | connection | resend after an unknown outcome; may pay twice
---image-field  | NAME      | b    | connection | the pictures' form field: auto, image or image[]
+--image-field  | auto image image[] | b | connection | the form field of the pictures
 --allow-http   |           | gebrc | connection | allow a key over plain http
 --allow-private |          | gebr | connection | fetch pictures from private addresses too
 --new          |           | ge   | connection | send anew even if the same request is under way
@@ -6883,7 +7092,7 @@ OPTIONS = """
 --json         |           | b    | messages   | one JSON document a job, then one for all
 --quiet        |           | gebrczxh | messages | errors only on stderr
 --verbose      |           | gebrczxh | messages | more on stderr
--h --help | | gebrczxh | messages | show this
+-h --help | | gebrczxhl | messages | show this
 """
 LETTERS = {name: row[0] for name, row in COMMANDS.items()}
 READERS: dict[str, Callable[[str], Any]] = {
@@ -6970,6 +7179,113 @@ def overview() -> str:
 
 
 ################################################################################
+# Completion
+################################################################################
+# Scripts for bash, zsh and fish from the same tables as the parser, so that they can't drift.
+
+SHELL_NAMES = (PROGRAM, "gpt_image2.py")
+FILE_KINDS = ("FILE", "PATH", "DIR")
+SIZE_WORDS = (*TIERS, *(row[1] for row in SIZES), *(row[0] for row in SIZES), "auto")
+OFFERED = {"model": tuple(MODELS), "size": SIZE_WORDS, "redo": REDO_WORDS}
+FILE_COMMANDS = ("edit", "batch")  # whose positional words are files
+BASH_FILES = "local IFS=$'\\n'; COMPREPLY=($(compgen -f -- \"$cur\")); return"
+
+
+def offered(dest: str, kind: str) -> tuple[str, ...]:
+    """Return the words that may follow an option, as far as they are known."""
+    return OFFERED.get(dest) or (tuple(kind.split()) if kind and not is_free(kind) else ())
+
+
+def is_free(kind: str) -> bool:
+    """Return whether a kind stands for any text, and is not a closed set."""
+    return ".." in kind or (" " not in kind and kind.upper() == kind)
+
+
+def bash_completion() -> Iterator[str]:
+    """Yield bash's script: what follows the command, an option, or stands alone."""
+    yield "_gpt_image2() {"
+    yield '    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} words=""'
+    yield "    COMPREPLY=()"
+    yield '    case "${COMP_CWORD:-1} ${COMP_WORDS[1]} $prev" in'
+    yield f'        "1 "*) words="{" ".join(COMMANDS)}";;'
+    yield '        *" completion "*) words="bash zsh fish";;'
+    for command in COMMANDS:
+        for _, names, kind, dest, _ in option_rows(command):
+            pattern = "|".join(f'*" {command} {name}"' for name in names)
+            words = " ".join(offered(dest, kind))
+            if kind in FILE_KINDS:
+                yield f"        {pattern}) {BASH_FILES};;"
+            elif kind:
+                yield f'        {pattern}) words="{words}";;'
+        options = [name for row in option_rows(command) for name in row[1]]
+        yield f'        *" {command} "*)'
+        if command in FILE_COMMANDS:
+            yield f"            [[ $cur == -* ]] || {{ {BASH_FILES}; }}"
+        yield f'            words="{" ".join(options)}";;'
+    yield "    esac"
+    yield '    COMPREPLY=($(compgen -W "$words" -- "$cur"))'
+    yield "}"
+    yield f"complete -o filenames -F _gpt_image2 {' '.join(SHELL_NAMES)}"
+
+
+def zsh_completion() -> Iterator[str]:
+    """Yield zsh's script; it may be sourced, or lie as _gpt-image2 in a folder of fpath."""
+    yield f"#compdef {' '.join(SHELL_NAMES)}"
+    yield "_gpt_image2() {"
+    yield "    local -a commands=("
+    for command, row in COMMANDS.items():
+        yield f"        '{command}:{row[3]}'"
+    yield "    )"
+    yield "    if (( CURRENT == 2 )); then _describe command commands; return; fi"
+    yield "    local command=$words[2]"
+    yield "    shift words; (( CURRENT-- ))"
+    yield "    case $command in"
+    for command in COMMANDS:
+        yield f"        {command}) _arguments -S \\"
+        for _, names, kind, dest, text in option_rows(command):
+            for name in names:
+                yield f"            {zsh_option(name, kind, dest, text)} \\"
+        rest = {"completion": ":shell:(bash zsh fish)"}.get(command, ":word: ")
+        rest = ":file:_files" if command in FILE_COMMANDS else rest
+        yield f"            '*{rest}';;"
+    yield "    esac"
+    yield "}"
+    yield '[[ $funcstack[1] == _gpt* ]] && _gpt_image2 "$@" || '
+    yield f"    compdef _gpt_image2 {' '.join(SHELL_NAMES)}"
+
+
+def zsh_option(name: str, kind: str, dest: str, text: str) -> str:
+    """Return one option as _arguments takes it, in quotes."""
+    told = re.sub(r"([\[\]:])", r"\\\1", text).replace("'", "'\\''")
+    words = " ".join(re.sub(r"([\[\]:])", r"\\\1", word) for word in offered(dest, kind))
+    value = f":{dest}:({words})" if words else f":{dest}: " if kind else ""
+    value = f":{dest}:_files" if kind in FILE_KINDS else value
+    return f"'*{name}[{told}]{value}'"
+
+
+def fish_completion() -> Iterator[str]:
+    """Yield fish's script: a line for each command and option."""
+    for program in SHELL_NAMES:
+        yield f"complete -c {program} -f"
+        for command, row in COMMANDS.items():
+            yield f"complete -c {program} -n __fish_use_subcommand -a {command} -d {quoted(row[3])}"
+        for command in COMMANDS:
+            seen = f"complete -c {program} -n '__fish_seen_subcommand_from {command}'"
+            for _, names, kind, dest, text in option_rows(command):
+                flags = " ".join(
+                    f"-l {name[2:]}" if name[:2] == "--" else f"-s {name[1:]}" for name in names
+                )
+                words = quoted(" ".join(offered(dest, kind)))
+                value = f" -x -a {words}" if kind else ""
+                value = " -r -F" if kind in FILE_KINDS else value
+                yield f"{seen} {flags} -d {quoted(text)}{value}"
+            if command in FILE_COMMANDS:
+                yield f"{seen} -F"
+            if command == "completion":
+                yield f"{seen} -a 'bash zsh fish'"
+
+
+################################################################################
 # Main
 ################################################################################
 
@@ -6993,6 +7309,7 @@ def run(argv: list[str], session: Session) -> int:
         retry_unsafe=bool(args.retry_unsafe),
         digest=bool(console.json or args.sidecar or args.command == "batch"),
         sidecar=bool(args.sidecar),
+        preview=bool(args.preview) and not args.quiet,
     )
     return COMMANDS[args.command][1](args, session)
 

@@ -32,12 +32,14 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.nursery import Nursling
 from tests.pictures import png
 from tests.support import (
     KEY,
     Api,
     Argument,
     Case,
+    Child,
     Chunk,
     Reply,
     Run,
@@ -166,7 +168,9 @@ class Stage(Case):
     def processes(self, name: str = "") -> list[int]:
         """Return the running processes of this world (of a name): the tool and its curls."""
         marker = f"XDG_STATE_HOME={self.state}".encode()
-        return [pid for pid in all_processes() if belongs(pid, marker, name)]
+        found = [pid for pid in all_processes() if belongs(pid, marker, name)]
+        forked = [child for child in self.children if isinstance(child, Nursling) and not name]
+        return found + [child.pid for child in forked if child.poll() is None]
 
     def the_curl(self) -> int:
         """Return the one curl that runs in this world, once it does; skip where nobody can tell."""
@@ -175,7 +179,7 @@ class Stage(Case):
         self.wait_until(lambda: len(self.processes("curl")) == 1)
         return self.processes("curl")[0]
 
-    def holds_lock(self, process: subprocess.Popen[bytes]) -> bool:
+    def holds_lock(self, process: Child) -> bool:
         """Return whether a process has a job's lock open, which recover has while it waits."""
         if not all_processes():
             self.skipTest("needs /proc to see what a process has open")
@@ -185,7 +189,7 @@ class Stage(Case):
                 opened.append(os.readlink(descriptor))
         return any(name.endswith("/lock") for name in opened)
 
-    def hear(self, tool: subprocess.Popen[bytes], text: str, timeout: float = 20) -> None:
+    def hear(self, tool: Child, text: str, timeout: float = 20) -> None:
         """Wait until a running tool has said something on stderr; finish() gives that back."""
         assert tool.stderr
         said = b""
@@ -198,18 +202,14 @@ class Stage(Case):
             said += piece
         self.heard[tool.pid] = self.heard.get(tool.pid, b"") + said
 
-    def finish(self, process: subprocess.Popen[bytes], timeout: float = 60) -> Run:
+    def finish(self, process: Child, timeout: float = 60) -> Run:
         """Wait until a started tool ends; what was heard of it before is part of its run."""
         run = super().finish(process, timeout)
         return run._replace(err=decoded(self.heard.pop(process.pid, b"")) + run.err)
 
     def through(self, *command: str) -> None:
         """Let every later run of the tool be started by a command that ends in exec "$@"."""
-        words = [*command, sys.executable, str(self.script)]
-        launcher = self.tmp / "launcher.py"
-        code = f"import os, sys\nwords = {words!r}\nos.execvp(words[0], words + sys.argv[1:])\n"
-        launcher.write_text(code, encoding="utf-8")
-        self.script = launcher
+        self.launcher = command
 
     def shell(self, line: str) -> None:
         """Let every later run of the tool be started by this line of sh."""
@@ -705,15 +705,19 @@ def mid_answer(number: int, *, finishes: bool) -> Play:
     return play
 
 
-def held_mid_answer(
-    stage: Stage, *more: Argument
-) -> tuple[subprocess.Popen[bytes], threading.Event]:
+def held_mid_answer(stage: Stage, *more: Argument) -> tuple[Child, threading.Event]:
     """Return a call that has two of three pictures, and the Event that lets the third come."""
     release = threading.Event()
     stage.serve_base(in_two(THREE, middle_of(THREE, THIRD), release))
     tool = stage.start_tool(*FOXES, *more)
     stage.wait_until(lambda: stage.answered() > 0)
     return tool, release
+
+
+def waits_in_vain(stage: Stage) -> Run:
+    """Stop a call whose answer stays away; the 10 s that it gets pass in one."""
+    stage.hurry(10)
+    return mid_answer(signal.SIGTERM, finishes=False)(stage)
 
 
 def second_signal(stage: Stage) -> Run:
@@ -1321,7 +1325,7 @@ SIGNALS = [
     ),
     Fault(
         "SIGTERM with 2 of 3 pictures whole, the rest doesn't come",
-        mid_answer(signal.SIGTERM, finishes=False),
+        waits_in_vain,
         Outcome(143, recover=(9, 2)),
         2,
     ),

@@ -13,6 +13,7 @@ to a real socket. Nothing waits without a bound, and everything ends with its te
 
 from __future__ import annotations
 
+import atexit
 import base64
 import contextlib
 import http
@@ -34,6 +35,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, Tuple, Union
 
+from tests.nursery import Nursery, Nursling
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "gpt_image2.py"
 
@@ -43,6 +46,7 @@ KEY = "sk-test-0123456789abcdefghijkl"
 Headers = Sequence[Tuple[str, str]]
 Json = Mapping[str, Any]
 Argument = Union[str, "os.PathLike[str]"]
+Child = Union["subprocess.Popen[bytes]", Nursling]  # the tool, running
 
 
 # ---- What the server saw ----------------------------------------------------------------------
@@ -697,6 +701,10 @@ class Case(unittest.TestCase):
     """A test with a world of its own: folders, environment, servers, children."""
 
     script = SCRIPT
+    plain = False
+    """Fork each run from this process and not from the nursery, so that it has this umask."""
+    launcher: Sequence[str] = ()
+    """A command that starts the interpreter of each run, like `setsid`."""
     maxDiff = None
 
     def setUp(self) -> None:
@@ -709,6 +717,7 @@ class Case(unittest.TestCase):
         self.env.update(HOME=str(self.home), TMPDIR=str(self._folder("tmp")))
         self.env.update(XDG_CONFIG_HOME=str(self.config), XDG_STATE_HOME=str(self.state))
         self.servers: list[Api] = []
+        self.children: list[Child] = []
 
     # Servers and settings
 
@@ -753,33 +762,32 @@ class Case(unittest.TestCase):
         stdin: str | bytes | None = None,
         env: Mapping[str, str | None] | None = None,
         cwd: Argument | None = None,
-    ) -> subprocess.Popen[bytes]:
+    ) -> Child:
         """Start the tool and leave it running; it is killed, if it still lives, with the test."""
         wanted = {**self.env, **(env or {})}
-        with tempfile.TemporaryFile() as source:
-            source.write(stdin.encode() if isinstance(stdin, str) else stdin or b"")
-            source.seek(0)
-            process = subprocess.Popen(
-                [sys.executable, str(self.script), *(os.fspath(word) for word in argv)],
-                stdin=source,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={name: value for name, value in wanted.items() if value is not None},
-                cwd=cwd or self.work,
-            )
-        self.addCleanup(stop, process)
-        return process
+        child = start(
+            self.script,
+            [os.fspath(word) for word in argv],
+            stdin=stdin.encode() if isinstance(stdin, str) else stdin or b"",
+            env={name: value for name, value in wanted.items() if value is not None},
+            cwd=cwd or self.work,
+            launcher=self.launcher,
+            plain=self.plain,
+        )
+        self.children.append(child)
+        self.addCleanup(stop, child)
+        return child
 
-    def finish(self, process: subprocess.Popen[bytes], timeout: float = 60) -> Run:
+    def finish(self, process: Child, timeout: float = 60) -> Run:
         """Wait until a started tool ends, and return what it said."""
         assert isinstance(process.args, list)
-        argv = process.args[2:]
+        argv = process.args[process.args.index(str(self.script)) + 1 :]
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired as late:
             so_far = Run(argv, 0, late.stdout or b"", decoded(late.stderr or b""))
             self.fail(f"no end within {timeout} s\n{self.story(so_far)}")
-        return Run(argv, process.returncode, out, decoded(err))
+        return Run(argv, process.wait(), out, decoded(err))
 
     # Looking at what came of it
 
@@ -799,6 +807,12 @@ class Case(unittest.TestCase):
         """Assert that nobody even connected to a server."""
         if api.connections:
             self.fail(f"expected no request\n{api}")
+
+    def hurry(self, times: int) -> None:
+        """Let time go so many times as fast in every later run: its clock, sleeps and waits."""
+        folder = self._folder("hurry")
+        (folder / "sitecustomize.py").write_text(HURRY.format(times=times))
+        self.env["PYTHONPATH"] = str(folder)
 
     def jobs(self) -> list[Path]:
         """Return the job folders left in the state folder."""
@@ -824,6 +838,90 @@ class Case(unittest.TestCase):
         return folder
 
 
+HURRY = """
+import selectors, time
+
+def hurried(select):
+    return lambda self, timeout=None: select(self, timeout and timeout / {times})
+
+clock, sleep = time.monotonic, time.sleep
+time.monotonic = lambda: clock() * {times}
+time.sleep = lambda seconds: sleep(seconds / {times})
+for name in ("SelectSelector", "PollSelector", "EpollSelector", "KqueueSelector"):
+    kind = getattr(selectors, name, None)
+    if kind:
+        kind.select = hurried(kind.select)
+"""
+
+
+def start(
+    script: Path,
+    argv: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    stderr: int | None = None,
+    env: Mapping[str, str],
+    cwd: Argument,
+    launcher: Sequence[str] = (),
+    plain: bool = False,
+) -> Child:
+    """Start a Python script, from the nursery if that makes no difference."""
+    nursery = None
+    if script == SCRIPT and not launcher and not plain:
+        nursery = NURSERIES.of(script, env)
+    with tempfile.TemporaryFile() as source:
+        source.write(stdin)
+        source.seek(0)
+        if nursery:
+            return nursery.start(argv, stdin=source, stderr=stderr, env=env, cwd=cwd)
+        return subprocess.Popen(
+            [*launcher, sys.executable, str(script), *argv],
+            stdin=source,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if stderr is None else stderr,
+            env=env,
+            cwd=cwd,
+        )
+
+
+# What an interpreter looks at before it runs anything, so that a fork can't take it on.
+AT_START = re.compile(r"PYTHON.*|LC_.*|LANG|LANGUAGE|LD_.*|DYLD_.*|MALLOC_.*|GLIBC_TUNABLES")
+
+
+class Nurseries:
+    """The nursery of the tool, started when it is first of use and anew when the tool changes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._nursery: Nursery | None = None
+
+    def of(self, script: Path, env: Mapping[str, str]) -> Nursery | None:
+        """Return the nursery for runs in such an environment; None if they need a fresh start."""
+        if os.environ.get("TESTS_SPAWN") == "plain" or not hasattr(os, "fork"):
+            return None
+        with self._lock:
+            if self._nursery is None or not self._nursery.fresh:
+                self.close()
+                self._nursery = Nursery(script, clean_environment())
+                atexit.register(self.close)
+            same = at_start(env) == at_start(self._nursery.env)
+            return self._nursery if same and self._nursery.ready else None
+
+    def close(self) -> None:
+        """End the nursery that is there."""
+        if self._nursery:
+            self._nursery.close()
+        self._nursery = None
+
+
+NURSERIES = Nurseries()
+
+
+def at_start(env: Mapping[str, str]) -> dict[str, str]:
+    """Return what an interpreter heeds before it runs anything."""
+    return {name: value for name, value in env.items() if AT_START.fullmatch(name)}
+
+
 STEERING = re.compile(
     r".*_proxy|(openai|gpt_image2|xdg|lc)_.*|lang|language|columns|lines|no_color|force_color|"
     r"curl_home|curl_ca_bundle|ssl_cert_(file|dir)|sslkeylogfile",
@@ -842,7 +940,7 @@ def decoded(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: Child) -> None:
     """End a child of the test's, and close its pipes."""
     if process.poll() is None:
         process.kill()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections import deque
 from typing import Any, Callable, Iterator, Mapping, NamedTuple
 from urllib.parse import quote
@@ -15,6 +14,7 @@ from tests.support import (
     OPENAI_USAGE,
     Api,
     Case,
+    Child,
     Reply,
     Run,
     Script,
@@ -55,7 +55,7 @@ class AnswerCase(Case):
 
     def ask_each(self, replies: Mapping[str, Script], *argv: str) -> Iterator[Asked]:
         """Generate once for each answer, a few side by side; its name is the prompt."""
-        running: deque[tuple[str, Api, subprocess.Popen[bytes]]] = deque()
+        running: deque[tuple[str, Api, Child]] = deque()
         for name, reply in replies.items():
             if len(running) == AT_ONCE:
                 yield self._ended(*running.popleft())
@@ -64,7 +64,7 @@ class AnswerCase(Case):
         while running:
             yield self._ended(*running.popleft())
 
-    def _ended(self, name: str, api: Api, process: subprocess.Popen[bytes]) -> Asked:
+    def _ended(self, name: str, api: Api, process: Child) -> Asked:
         return Asked(name, api, self.finish(process))
 
     def job_left(self, run: Run) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import Any, NamedTuple
 
 from tests.pictures import png
-from tests.support import NODEKEY_USAGE, OPENAI_USAGE, Case, Json, Run, answer
+from tests.support import NODEKEY_USAGE, OPENAI_USAGE, Case, Child, Json, Run, answer
 
 PICTURE = png(1024, 1024)
 WITH_IMAGES: Json = {
@@ -40,7 +39,7 @@ class CostCase(Case):
         *argv: str,
         usage: Json = OPENAI_USAGE,
         headers: dict[str, str] | None = None,
-    ) -> subprocess.Popen[bytes]:
+    ) -> Child:
         """Start generate against a server that answers with this usage."""
         reply = answer(PICTURE, usage=usage)
         self.serve_base(reply._replace(headers=[*reply.headers, *(headers or {}).items()]))

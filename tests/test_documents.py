@@ -329,7 +329,9 @@ class TestJsonExamples(Case):
 class TestTables(unittest.TestCase):
     def test_help_texts(self) -> None:
         text = README.read_text(encoding="utf-8")
-        self.assertEqual([match[2] for match in OPTIONS_BLOCK.finditer(text)], ["generate", "batch", "edit"])
+        self.assertEqual(
+            [match[2] for match in OPTIONS_BLOCK.finditer(text)], ["generate", "batch", "edit"]
+        )
         self.assertEqual(
             with_help_texts(text), text, "run: python3 tests/test_documents.py --write"
         )
@@ -392,18 +394,11 @@ class TestTables(unittest.TestCase):
             exact = float(estimate("1024x1024", row[0]).strip("$"))
             self.assertEqual(row[2], f"${exact:.3f}")
 
-    def test_what_is_not_here_yet_is_not_here(self) -> None:
-        block = re.search(r"<!-- not-yet -->(.*?)<!-- /not-yet -->", prose(README), re.DOTALL)
-        helps = "".join(help_text(command) for command in gpt_image2.COMMANDS)
-        for name in re.findall("`(.+?)`", block[1] if block else ""):
-            self.assertNotIn(name, gpt_image2.COMMANDS)
-            self.assertNotRegex(helps, rf"(?m)^  {re.escape(name)}\b")
-
     def test_options_in_the_text_exist(self) -> None:
         helps = "".join(help_text(command) for command in gpt_image2.COMMANDS)
         known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", helps)) | {"--version", "--help"}
         for path in (README, SKILL, CHANGELOG):
-            text = re.sub(r"<!-- not-yet -->.*?<!-- /not-yet -->", "", prose(path), flags=re.DOTALL)
+            text = prose(path)
             quoted = " ".join(re.findall("`[^`]+`", text))
             with self.subTest(path.name):
                 self.assertLessEqual(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", quoted)), known)

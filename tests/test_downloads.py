@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from subprocess import Popen
 from typing import Sequence
 
 from tests.pictures import png
@@ -19,6 +18,7 @@ from tests.support import (
     KEY,
     Api,
     Case,
+    Child,
     Reply,
     Run,
     Script,
@@ -49,9 +49,7 @@ class DownloadCase(Case):
         """Generate and let the answer hold these links; `files` are served beside it."""
         return self.finish(self.start(*urls, files=files))
 
-    def start(
-        self, *urls: str, files: dict[str, Script | list[Script]] | None = None
-    ) -> Popen[bytes]:
+    def start(self, *urls: str, files: dict[str, Script | list[Script]] | None = None) -> Child:
         """Start what `ask` runs."""
         self.api = self.serve_base(answer(*urls))
         self.api.files.update(files or {})
@@ -117,6 +115,7 @@ class TestFetching(DownloadCase):
             "not there in time": ([Reply(429), whole], [None, None]),
             "no answer": ([Reply(silent=True), whole], [None, None]),
         }
+        self.hurry(5)
         running = [
             (self.start("/a.png", files={"/a.png": list(replies)}), self.api)
             for replies, _ in cases.values()

@@ -365,6 +365,7 @@ class Output(GenerateCase):
         self.assertEqual(old.read_bytes(), png(1024, 1024, rgb=(0, 0, 0)))
 
     def test_pictures_get_the_rights_that_the_umask_leaves(self) -> None:
+        self.plain = True
         self.addCleanup(os.umask, os.umask(0o027))
         path = self.generate("a fox").saved[0]
         self.assertEqual(path.stat().st_mode & 0o777, 0o640)
@@ -562,6 +563,7 @@ class WhileCurlRuns(Case):
                 self.check(self.finish(tool), 0)
 
     def test_the_job_folder_is_private_and_holds_no_key(self) -> None:
+        self.plain = True
         self.addCleanup(os.umask, os.umask(0))
         gate = threading.Event()
         api = self.serve_base(answer(PICTURE)._replace(before=gate))

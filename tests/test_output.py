@@ -7,16 +7,17 @@ import hashlib
 import os
 import re
 import subprocess
+import sys
 import threading
 import unittest
 from pathlib import Path
-from subprocess import Popen
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 from tests.pictures import gif, jpeg, png, svg, webp
 from tests.support import (
     Api,
     Case,
+    Child,
     Reply,
     Request,
     Run,
@@ -39,7 +40,7 @@ class OutputCase(Case):
         """Generate with these arguments."""
         return self.run_tool("generate", "a fox", *argv, **options)
 
-    def start(self, *argv: str, env: Mapping[str, str | None] | None = None) -> Popen[bytes]:
+    def start(self, *argv: str, env: Mapping[str, str | None] | None = None) -> Child:
         """Start what `ask` runs, to let several run side by side."""
         return self.start_tool("generate", "a fox", *argv, env=env)
 
@@ -360,6 +361,7 @@ class TestFolders(OutputCase):
     """Folders that vanish, fill up or refuse."""
 
     def test_modes_follow_the_umask(self) -> None:
+        self.plain = True
         self.serve_base(*[answer(PICTURE)] * 3)
         for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
             with self.subTest(oct(umask)):
@@ -463,17 +465,27 @@ def mount(*argv: str) -> bool:
 
 # ---- Streams ----------------------------------------------------------------------------------
 
-NO_READER = "r, w = os.pipe(); os.dup2(w, 1); os.close(r)"
-FULL = "os.dup2(os.open('/dev/full', os.O_WRONLY), {})"
+NO_READER = """
+import os, sys
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+os.close(reader)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def shell(line: str) -> list[str]:
+    """Return the command that starts what follows it by a line of sh."""
+    return ["sh", "-c", line, "sh"]
 
 
 BENDS = {  # standard streams bent out of shape, and what does it
-    "stdout closed": "os.close(1)",
-    "stdout full": FULL.format(1),
-    "stdout without reader": NO_READER,
-    "stderr closed": "os.close(2)",
-    "stderr full": FULL.format(2),
-    "all closed": "os.close(0); os.close(1); os.close(2)",
+    "stdout closed": shell('exec "$@" >&-'),
+    "stdout full": shell('exec "$@" >/dev/full'),
+    "stdout without reader": [sys.executable, "-IS", "-c", NO_READER],
+    "stderr closed": shell('exec "$@" 2>&-'),
+    "stderr full": shell('exec "$@" 2>/dev/full'),
+    "all closed": shell('exec "$@" <&- >&- 2>&-'),
 }
 
 
@@ -481,18 +493,11 @@ BENDS = {  # standard streams bent out of shape, and what does it
 class TestStreams(OutputCase):
     """The pictures are saved whatever became of stdout and stderr."""
 
-    def bend(self, name: str) -> None:
-        """Let the tool start with its standard streams bent like this."""
-        bent = self.tmp / f"{name}.py"
-        tool = f"[sys.executable, {str(Case.script)!r}, *sys.argv[1:]]"
-        bent.write_text(f"import os, sys\n{BENDS[name]}\nos.execv(sys.executable, {tool})\n")
-        self.script = bent
-
     def test_pictures_are_saved_without_streams(self) -> None:
         calls = [(name, flags) for name in BENDS for flags in ([], ["--json"])]
         running = []
         for name, flags in calls:
-            self.bend(name)
+            self.launcher = BENDS[name]
             self.serve_base(answer(PICTURE, LARGE))
             folder = " ".join([name, *flags])
             running.append(self.start("-n", "2", "--output-dir", folder, *flags))
@@ -508,7 +513,7 @@ class TestStreams(OutputCase):
     def test_an_error_keeps_its_exit_code_without_streams(self) -> None:
         for name in ("stdout without reader", "stderr full", "all closed"):
             with self.subTest(name):
-                self.bend(name)
+                self.launcher = BENDS[name]
                 self.serve_base(refusal(401, "invalid_api_key", "no"))
                 self.check(self.ask(), 4)
 
@@ -540,11 +545,11 @@ class TestStreams(OutputCase):
     def test_a_picture_that_stdout_did_not_take_is_kept(self) -> None:
         for name in ("stdout closed", "stdout full", "stdout without reader"):
             with self.subTest(name):
-                self.bend(name)
+                self.launcher = BENDS[name]
                 self.serve_base(answer(LARGE))
                 run = self.check(self.ask("-o", "-"), 10)
                 self.assertRegex(run.err, r"Recover: .* recover \S+\n$")
-                self.script = Case.script
+                self.launcher = ()
                 self.recover("-o", f"{name}.png")
                 self.assertEqual(self.read(f"{name}.png"), LARGE)
                 self.assertEqual(self.jobs(), [])

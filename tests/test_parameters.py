@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
 from gpt_image2 import FIELDS
 from tests.pictures import png
-from tests.support import Case, answer
+from tests.support import Case, Child, answer
 
 PICTURE = png(1024, 1024)
 RECORD = json.loads((Path(__file__).parent / "data" / "sdk_fields.json").read_text("utf-8"))
@@ -224,7 +223,7 @@ class Streams(ParameterCase):
 class AtOpenai(ParameterCase):
     """What OpenAI is certain to refuse is not sent; what it only may refuse goes, with a word."""
 
-    def start_at_openai(self, line: str) -> subprocess.Popen[bytes]:
+    def start_at_openai(self, line: str) -> Child:
         """Start a command line with --provider openai."""
         return self.start_tool(*line.split(), "--provider", "openai", "--json")
 

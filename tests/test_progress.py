@@ -6,8 +6,6 @@ import io
 import os
 import re
 import select
-import subprocess
-import sys
 import threading
 import time
 import unittest
@@ -24,6 +22,7 @@ from tests.support import (
     completed_event,
     event_stream,
     partial_event,
+    start,
     stop,
 )
 
@@ -61,10 +60,9 @@ class Terminal:
         self.case, self.master = case, master
         case.addCleanup(os.close, master)
         self.shown = ""
-        self.process = subprocess.Popen(
-            [sys.executable, str(case.script), "generate", "a fox", "-o", "fox.png", *argv],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+        self.process = start(
+            case.script,
+            ["generate", "a fox", "-o", "fox.png", *argv],
             stderr=slave,
             env={**case.env, "TERM": "xterm", **env},
             cwd=case.work,
@@ -123,6 +121,7 @@ class OnATerminal(Case):
         half = b" " * 300 * 1024
         chunks = (self.go_on, half, arrived, answer(PICTURE).body)
         self.serve_base(Reply(chunks=chunks, framing="chunked"))
+        self.hurry(4)
         terminal = Terminal(self, "--quality", "low")
         terminal.until(rf"{FRAME}\d+ s \(usually [^)]* s\)")
         self.go_on.set()
@@ -135,6 +134,7 @@ class OnATerminal(Case):
 
     def test_it_turns_and_no_color_means_no_colour(self) -> None:
         self.held()
+        self.hurry(4)
         terminal = Terminal(self, NO_COLOR="1")
         for mark in r"-\|/":
             terminal.until(rf"\r\x1b\[K{re.escape(mark)} \d+ s")
@@ -169,18 +169,20 @@ class OnATerminal(Case):
 
     def test_quiet_shows_nothing(self) -> None:
         api = self.held()
+        self.hurry(4)
         terminal = Terminal(self, "--quiet")
         api.wait_for_request()
-        terminal.watch(0.6)
+        terminal.watch(0.2)
         self.go_on.set()
         terminal.finish()
         self.assertEqual(terminal.shown, "")
 
     def test_a_dumb_terminal_gets_plain_lines(self) -> None:
         api = self.held()
+        self.hurry(4)
         terminal = Terminal(self, TERM="dumb")
         api.wait_for_request()
-        terminal.watch(0.6)
+        terminal.watch(0.2)
         self.go_on.set()
         terminal.finish()
         self.assertNotRegex(terminal.shown, "[\x1b\r]")
@@ -190,12 +192,7 @@ class ElsewhereByTheClock(Case):
     """A line every 30 s, seen in a child whose clock runs sixty times as fast."""
 
     def test_a_line_every_thirty_seconds(self) -> None:
-        folder = self.tmp / "hurry"
-        folder.mkdir()
-        (folder / "sitecustomize.py").write_text(
-            "import time\nclock = time.monotonic\ntime.monotonic = lambda: clock() * 60\n"
-        )
-        self.env["PYTHONPATH"] = str(folder)
+        self.hurry(60)
         go_on = threading.Event()
         reply = event_stream(b": hold the line\n\n", go_on, completed_event(PICTURE))
         api = self.serve_base(reply)

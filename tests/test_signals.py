@@ -22,7 +22,7 @@ from tests.faults import (
     in_two,
     middle_of,
 )
-from tests.support import KEY, Api, Argument, Reply, Run, answer, refusal
+from tests.support import KEY, Api, Argument, Child, Reply, Run, answer, refusal
 
 NUMBERS = {129: signal.SIGHUP, 130: signal.SIGINT, 143: signal.SIGTERM}  # by exit code
 
@@ -30,7 +30,7 @@ NUMBERS = {129: signal.SIGHUP, 130: signal.SIGINT, 143: signal.SIGTERM}  # by ex
 class Signalled(Stage):
     """A case that stops calls."""
 
-    def waiting(self, *argv: Argument) -> tuple[Api, subprocess.Popen[bytes], threading.Event]:
+    def waiting(self, *argv: Argument) -> tuple[Api, Child, threading.Event]:
         """Return a call whose server has the request, and the Event that lets it answer."""
         release = threading.Event()
         api = self.serve_base(answer(FIRST)._replace(before=release))
@@ -38,7 +38,7 @@ class Signalled(Stage):
         api.wait_for_request()
         return api, tool, release
 
-    def ended(self, tool: subprocess.Popen[bytes], code: int) -> Run:
+    def ended(self, tool: Child, code: int) -> Run:
         """Return how a stopped call ended, with its world looked over at that very moment."""
         run = self.check(self.finish(tool), code)
         self.look_over(run)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from tests.support import (
     SCRIPT,
     Argument,
     Case,
+    Child,
     Chunk,
     Reply,
     Run,
@@ -51,7 +51,7 @@ def many_lines(event: Any) -> str:
 class StreamCase(Case):
     """A case that asks for previews."""
 
-    def start(self, *argv: Argument) -> subprocess.Popen[bytes]:
+    def start(self, *argv: Argument) -> Child:
         """Start generate with two previews, into fox.png."""
         words = ("a fox", "--partial-images", "2", "-o", "fox.png")
         return self.start_tool("generate", *words, *argv)
@@ -71,7 +71,7 @@ class StreamCase(Case):
         self.assertEqual([file["bytes"] for file in files], [len(data) for data in found])
         return found
 
-    def stderr_until(self, process: subprocess.Popen[bytes], text: str) -> str:
+    def stderr_until(self, process: Child, text: str) -> str:
         """Read what a running tool says, up to some text."""
         assert process.stderr
         said, end = b"", time.monotonic() + 20
@@ -93,6 +93,7 @@ class WhileItComes(StreamCase):
         go_on, finish = threading.Event(), threading.Event()
         events = (partial_event(FIRST), go_on, partial_event(SECOND, 1), finish)
         api = self.serve_base(event_stream(*events, completed_event(PICTURE), "[DONE]"))
+        self.hurry(5)
         tool = self.start()
 
         said = self.stderr_until(tool, f"Partial: {self.work / 'fox.partial-1.png'}\n")
@@ -120,8 +121,9 @@ class WhileItComes(StreamCase):
         early = sse(partial_event(FIRST))
         assert isinstance(early, bytes)
         pieces: list[Chunk] = [early[at : at + 1] for at in range(len(early))]
-        pieces.insert(2, lambda: time.sleep(0.8))  # so long that the tool looks at these two
+        pieces.insert(2, lambda: time.sleep(0.25))  # so long that the tool looks at these two
         self.serve_base(Reply(headers=STREAM, chunks=[*pieces, finish, completed_bytes()]))
+        self.hurry(5)
         tool = self.start()
         self.stderr_until(tool, "Partial: ")
         self.assertEqual(self.listing(), ["fox.partial-1.png"])

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import socket
 import struct
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 import unittest
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+from tests.nursery import Nursery, Nursling
 from tests.pictures import gif, jpeg, png, png_chunk, png_file, read_png, svg, webp
 from tests.support import (
+    ROOT,
+    SCRIPT,
     Api,
     Case,
+    Child,
+    Nurseries,
     Reply,
     Request,
+    Run,
     answer,
+    clean_environment,
     completed_event,
     event_stream,
     file_reply,
@@ -370,6 +382,28 @@ class TestTheCase(Case):
         process.terminate()
         self.assertEqual(self.finish(process).code, -15)
 
+    def test_time_can_fly(self) -> None:
+        self.tool("""
+began = time.monotonic()
+time.sleep(30)
+try:
+    import subprocess
+    subprocess.run(["sleep", "60"], stdout=subprocess.PIPE, timeout=30)
+except subprocess.TimeoutExpired:
+    print(time.monotonic() - began)
+""")
+        self.hurry(100)
+        began = time.monotonic()
+        passed = float(self.check(self.run_tool(), 0).out)
+        self.assertGreaterEqual(passed, 60)
+        self.assertLess(time.monotonic() - began, 20)
+
+    def test_a_launcher_starts_the_tool(self) -> None:
+        self.tool("print(os.environ['EXTRA'], sys.argv[1:])")
+        self.launcher = ["env", "EXTRA=1"]
+        run = self.check(self.run_tool("a fox"), 0)
+        self.assertEqual((run.out, run.argv), ("1 ['a fox']\n", ["a fox"]))
+
     def test_files_and_jobs_are_listed(self) -> None:
         job = self.state / "gpt-image-2" / "jobs" / "1"
         job.mkdir(parents=True)
@@ -391,7 +425,7 @@ class TestTheCase(Case):
                 self.serve(answer(b"x"))
 
         left: list[Path] = []
-        children: list[subprocess.Popen[bytes]] = []
+        children: list[Child] = []
         self.tool("time.sleep(60)")
         Untidy.script = self.script
         result = unittest.TestResult()
@@ -400,6 +434,233 @@ class TestTheCase(Case):
         self.assertFalse(left[0].exists())
         self.assertEqual(len(result.errors) + len(result.failures), 1)
         self.assertIn("not asked for", (result.errors + result.failures)[0][1])
+
+
+NURSED = """
+import os, signal, sys, time
+
+def main():
+    what, *words = sys.argv[1:]
+    if what == "tell":
+        print([__name__, __file__, sys.argv, os.getcwd(), dict(os.environ), sys.stdin.read()])
+        print(sys.path[0], sys.flags)
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            print(stream.encoding, stream.errors, stream.line_buffering, stream.write_through)
+            print(stream, stream.buffer, stream.isatty(), stream is getattr(sys, "__stdout__"))
+        print(sorted(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else [])
+        print([str(signal.getsignal(getattr(signal, "SIG" + name))) for name in words])
+        print(sys.modules["__main__"].main is main, time.strftime("%Z"), os.getpgrp())
+        print("a line for stderr", file=sys.stderr)
+    elif what == "end":
+        import atexit
+        atexit.register(print, "at exit", end="")
+        print("not yet flushed,", end=" ")
+        sys.exit(eval(words[0]))
+    elif what == "raise":
+        raise ValueError(words)
+    elif what == "kill":
+        os.kill(os.getpid(), int(words[0]))
+    elif what == "wait":
+        print(os.getppid(), flush=True)
+        time.sleep(60)
+    elif what == "keep":
+        global kept
+        kept = open("kept", "w")
+        print(kept.write("half a line"))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@unittest.skipUnless(hasattr(os, "fork"), "nothing forks here")
+class TestTheNursery(Case):
+    """Runs from the nursery: what they find, and how they end, is what plain ones do."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.script = self.tmp / "nursed.py"
+        self.script.write_text(NURSED, encoding="utf-8")
+        self.env.pop("PYTHONUNBUFFERED", None)
+        self.open_nursery()
+
+    def open_nursery(self) -> None:
+        """Start a nursery in the environment as it is now."""
+        self.nursery = Nursery(self.script, self.env)
+        self.addCleanup(self.nursery.close)
+
+    def nursed(self, *argv: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> Nursling:
+        """Start a run from the nursery."""
+        with tempfile.TemporaryFile() as source:
+            source.write(stdin)
+            source.seek(0)
+            wanted = {**self.env, **(env or {})}
+            child = self.nursery.start(argv, stdin=source, env=wanted, cwd=self.work)
+        self.addCleanup(stop, child)
+        return child
+
+    def both(self, *argv: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> list[Run]:
+        """Return what becomes of a plain run, and of one from the nursery."""
+        plain = self.run_tool(*argv, stdin=stdin, env=env)
+        return [plain, self.finish(self.nursed(*argv, stdin=stdin, env=env))]
+
+    def test_a_run_finds_what_a_plain_one_finds(self) -> None:
+        words = ["tell", "INT", "TERM", "HUP", "QUIT", "CHLD", "PIPE", "USR1"]
+        env = {"EXTRA": "ä\udcff", "TZ": "XYZ-3", "HOME": "/"}
+        for unbuffered, stdin in (("", b""), ("1", b"from stdin\r\n\xc3\xa4" * 9999)):
+            self.env["PYTHONUNBUFFERED"] = unbuffered
+            self.open_nursery()
+            plain, nursed = self.both(*words, stdin=stdin, env=env)
+            self.assertEqual(nursed, plain)
+            self.assertEqual((nursed.code, nursed.err), (0, "a line for stderr\n"))
+            self.assertIn(" XYZ ", nursed.out)
+
+    def test_a_run_has_no_more_in_its_environment(self) -> None:
+        self.env["FROM_THE_NURSERY"] = "1"
+        self.open_nursery()
+        del self.env["FROM_THE_NURSERY"]
+        plain, nursed = self.both("tell")
+        self.assertEqual(nursed, plain)
+
+    def test_a_deaf_parent_has_deaf_children(self) -> None:
+        for hears in (signal.SIG_IGN, signal.default_int_handler, lambda number, frame: None):
+            before = signal.signal(signal.SIGINT, hears)
+            try:
+                plain, nursed = self.both("tell", "INT")
+            finally:
+                signal.signal(signal.SIGINT, before)
+            self.assertEqual(nursed, plain)
+
+    def test_it_ends_as_a_plain_one_ends(self) -> None:
+        ends = {"0": 0, "7": 7, "None": 0, "256 + 3": 3, "-1": 255, "True": 1, "'no'": 1, "[1]": 1}
+        for what, code in ends.items():
+            with self.subTest(what):
+                plain, nursed = self.both("end", what)
+                self.assertEqual((nursed, nursed.code), (plain, code))
+                self.assertEqual(nursed.out, "not yet flushed, at exit")
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1):
+            plain, nursed = self.both("kill", str(int(number)))
+            self.assertEqual((nursed, nursed.code), (plain, -number))
+
+    def test_a_traceback_is_the_plain_one_below_the_nursery_s(self) -> None:
+        for words in (["raise", "this"], ["kill", str(int(signal.SIGINT))]):
+            before = signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                plain, nursed = self.both(*words)
+            finally:
+                signal.signal(signal.SIGINT, before)
+            head, *frames = plain.err.splitlines()
+            self.assertEqual(head, "Traceback (most recent call last):")
+            self.assertEqual(nursed.err.splitlines()[0], head)
+            self.assertEqual(nursed.err.splitlines()[-len(frames) :], frames)
+            self.assertEqual(nursed.code, plain.code)
+
+    def test_an_open_file_and_a_full_stdout(self) -> None:
+        for run in self.both("keep"):
+            self.assertEqual((run.code, run.out), (0, "11\n"))
+            self.assertEqual((self.work / "kept").read_text(), "half a line")
+
+    def test_it_is_a_process_of_its_own(self) -> None:
+        child = self.nursed("wait")
+        other = self.nursed("wait")
+        for running in (child, other):
+            assert running.stdout
+            self.assertEqual(running.stdout.readline(), b"%d\n" % self.nursery.process.pid)
+        self.assertIsNone(child.poll())
+        with self.assertRaises(subprocess.TimeoutExpired):
+            child.wait(0.01)
+        child.terminate()
+        self.assertEqual((child.wait(20), child.poll()), (-signal.SIGTERM, -signal.SIGTERM))
+        self.assertIsNone(other.poll())
+        with self.assertRaises(ProcessLookupError):
+            os.kill(child.pid, 0)
+        child.kill()  # harms nobody
+
+    def test_what_came_before_a_time_out_is_kept(self) -> None:
+        child = self.nursed("wait")
+        assert child.stdout
+        select.select([child.stdout], [], [], 20)
+        with self.assertRaises(subprocess.TimeoutExpired) as late:
+            child.communicate(timeout=0.1)
+        self.assertEqual(late.exception.stdout, b"%d\n" % self.nursery.process.pid)
+        child.kill()
+        self.assertEqual(child.communicate(timeout=20), (late.exception.stdout, b""))
+
+    def test_it_ends_with_its_socket_and_leaves_its_children(self) -> None:
+        child = self.nursed("wait")
+        self.nursery.close()
+        self.assertEqual(self.nursery.process.poll(), 0)
+        os.kill(child.pid, 0)
+        os.kill(child.pid, signal.SIGKILL)
+        with self.assertRaisesRegex(RuntimeError, "the nursery is dead"):
+            child.wait(20)
+
+    def test_it_ends_with_a_killed_parent(self) -> None:
+        code = (
+            "import sys, time; from pathlib import Path; from tests.nursery import Nursery\n"
+            "nursery = Nursery(Path(sys.argv[1]), {})\n"
+            "print(nursery.process.pid, flush=True); time.sleep(60)"
+        )
+        command = [sys.executable, "-c", code, str(self.script)]
+        parent = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+        self.addCleanup(stop, parent)
+        assert parent.stdout
+        nursery = int(parent.stdout.readline())
+        parent.kill()
+        self.wait_until(lambda: not runs(nursery))
+
+    def test_a_script_that_has_changed_is_read_anew(self) -> None:
+        self.assertTrue(self.nursery.fresh)
+        self.script.write_text(NURSED + "\n")
+        self.assertFalse(self.nursery.fresh)
+        nurseries = self.nurseries()
+        first = nurseries.of(self.script, self.env)
+        self.assertIsInstance(first, Nursery)
+        self.assertIs(nurseries.of(self.script, self.env), first)
+        self.script.write_text(NURSED)
+        self.assertIsNot(nurseries.of(self.script, self.env), first)
+
+    def test_what_a_fork_cannot_take_on_runs_plain(self) -> None:
+        nurseries = self.nurseries()
+        self.script.write_text("def broken(")
+        self.assertIsNone(nurseries.of(self.script, self.env))
+        self.script.write_text(NURSED)
+        self.assertIsInstance(nurseries.of(self.script, self.env), Nursery)
+        for extra in ({"PYTHONPATH": "/x"}, {"LC_ALL": "C"}, {"LANG": "de"}, {"LD_PRELOAD": "x"}):
+            self.assertIsNone(nurseries.of(self.script, {**self.env, **extra}), extra)
+        with mock.patch.dict(os.environ, TESTS_SPAWN="plain"):
+            self.assertIsNone(nurseries.of(self.script, self.env))
+        self.assertIsInstance(self.run_nothing(), subprocess.Popen)
+        self.script = SCRIPT
+        self.assertIsInstance(self.run_nothing(), Nursling)
+        self.launcher = ["env"]
+        self.assertIsInstance(self.run_nothing(), subprocess.Popen)
+        self.launcher, self.plain = (), True
+        self.assertIsInstance(self.run_nothing(), subprocess.Popen)
+
+    def nurseries(self) -> Nurseries:
+        """Return what chooses between the ways, as it is without TESTS_SPAWN."""
+        patch = mock.patch.dict(os.environ)
+        patch.start()
+        self.addCleanup(patch.stop)
+        os.environ.pop("TESTS_SPAWN", None)
+        self.env = clean_environment()
+        nurseries = Nurseries()
+        self.addCleanup(nurseries.close)
+        return nurseries
+
+    def run_nothing(self) -> Child:
+        """Start a run that says and does nothing of interest."""
+        return self.start_tool("--version")
+
+
+def runs(pid: int) -> bool:
+    """Return whether a process runs; one that has ended may wait for init to see it."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class TestPictures(unittest.TestCase):
