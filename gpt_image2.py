@@ -1667,7 +1667,7 @@ def read_param(text: str) -> tuple[str, Any]:
     """Return KEY=VALUE as (dotted API name, value); VALUE is JSON where it parses as JSON."""
 
     name, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+){0,20}", name):
         raise ValueError(f"{text!r} is not KEY=VALUE with a KEY like quality or svg.model")
     try:
         parsed = json.loads(value)
@@ -2150,7 +2150,6 @@ class Keeper:
     detached = False  # whether curl goes on without us after a signal, for a later call to take up
     again = "--new sends another"  # the way on from an outcome that stays unknown
     mark: dict[str, Any] | None = None  # what job.json says of the batch
-    entry: Mapping[str, Any] = {}  # what the batch's journal says of the job
 
     def enter(self) -> None:
         """Hold a POST back while it must not leave."""
@@ -2365,7 +2364,10 @@ def job_folders() -> list[str]:
         except OSError:
             continue
         found += [os.path.join(folder, name) for name in names if JOB_ID.fullmatch(name)]
-    return sorted(found, key=lambda folder: (os.path.basename(folder)[:16], made_at(folder)))
+    # Names tell to the second when a job was made, its lock tells more.
+    return sorted(
+        found, key=lambda job: (os.path.basename(job)[:16], changed_at(os.path.join(job, LOCK)))
+    )
 
 
 def list_jobs() -> list[str]:
@@ -2373,10 +2375,10 @@ def list_jobs() -> list[str]:
     return [path for path in job_folders() if os.path.exists(os.path.join(path, RECORD))]
 
 
-def made_at(folder: str) -> int:
-    """Return when a job was made, in nanoseconds: names tell it to the second only."""
+def changed_at(path: str) -> int:
+    """Return when a file was last written, in nanoseconds; 0 for one that is not there."""
     try:
-        return os.stat(os.path.join(folder, LOCK)).st_mtime_ns
+        return os.stat(path).st_mtime_ns
     except OSError:
         return 0
 
@@ -4729,6 +4731,8 @@ class JobsFile:
         self.spool = tempfile.TemporaryFile()
         self.rows: list[tuple[int, int]] = []  # number of the line or element, offset
         self.faults: list[tuple[int, str]] = []  # number, what is wrong with it
+        self.word = "line"
+        self.plain = False  # nothing but prompts, whatever they look like
         self.lock = allocate_lock()
 
     def add(self, number: int, text: bytes) -> None:
@@ -4782,7 +4786,9 @@ def take_jobs(file: IO[bytes], path: str, jobs: JobsFile) -> None:
     if first == b"[" and not path.lower().endswith(".txt"):
         take_array(line + file.read(), jobs)
         return
-    text = first != b"{" or path.lower().endswith(".txt")
+    suffix = os.path.splitext(path)[1].lower()
+    text = suffix == ".txt" or (first != b"{" and suffix not in (".jsonl", ".ndjson", ".json"))
+    jobs.plain = suffix == ".txt"
     while line:
         take_line(number, line.strip(), text, jobs)
         number, line = number + 1, next_line()
@@ -4793,6 +4799,9 @@ def take_line(number: int, line: bytes, text: bool, jobs: JobsFile) -> None:
     if len(line) >= MAX_LINE_BYTES:
         jobs.faults.append((number, f"it is longer than {MAX_LINE_BYTES} bytes"))
     elif text and line:
+        if line[:1] == b"{" and not jobs.plain:
+            jobs.faults.append((number, "it looks like JSON among prompts (name the file .txt)"))
+            return
         try:
             jobs.add(number, json.dumps({"prompt": line.decode("utf-8")}).encode("ascii"))
         except UnicodeDecodeError:
@@ -4807,6 +4816,7 @@ def take_array(data: bytes, jobs: JobsFile) -> None:
         elements = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Failure(f"the jobs file is no JSON array: {error}") from None
+    jobs.word = "item"
     for number, element in enumerate(elements, 1):
         jobs.add(number, json.dumps(element).encode("ascii"))
 
@@ -4815,7 +4825,7 @@ def ask_from_line(line: dict[str, Any], defaults: dict[str, Any], args: Args) ->
     """Return what one line asks for, the command line's options filling what it leaves open."""
     images = line_images(line)
     command = "edit" if images else "generate"
-    options = {**defaults, **suffix_option(args, line_text(line, "output"))}
+    options = {**defaults, **suffix_option(args, line_path(line, "output"))}
     if command == "generate":
         options.pop("input_fidelity", None)
     for key, value in line.items():
@@ -4827,7 +4837,7 @@ def ask_from_line(line: dict[str, Any], defaults: dict[str, Any], args: Args) ->
             if command[0] not in field.endpoints:
                 raise Failure(f"{key} is for lines with images")
             options[field.name] = read_value(key, read_field, field, value)
-    mask, markup = line_text(line, "mask"), line_text(line, "markup")
+    mask, markup = line_path(line, "mask"), line_path(line, "markup")
     box = read_value("mask_box", line_box, line.get("mask_box"))
     if not images and (mask or markup or box):
         raise Failure("mask, mask_box and markup need images")
@@ -4845,17 +4855,17 @@ def read_value(key: str, read: Callable[..., Any], *values: Any) -> Any:
         raise Failure(f"{key}: {printable(str(error), 300)}") from None
 
 
-def line_text(line: dict[str, Any], key: str) -> str | None:
-    """Return a text of a line, or None where it has none."""
+def line_path(line: dict[str, Any], key: str) -> str | None:
+    """Return a path of a line, or None where it has none; no shell has seen its ~."""
     value = line.get(key)
     if value is None or (isinstance(value, str) and value):
-        return value
+        return value and os.path.expanduser(value)
     raise Failure(f"{key} is not a text")
 
 
 def line_prompt(line: dict[str, Any]) -> str:
     """Return a line's prompt, from one of its two places."""
-    prompt, path = line.get("prompt"), line_text(line, "prompt_file")
+    prompt, path = line.get("prompt"), line_path(line, "prompt_file")
     if (prompt is None) == (path is None):
         raise Failure("it has no prompt" if path is None else "pass prompt or prompt_file")
     if path is not None:
@@ -4873,7 +4883,7 @@ def line_images(line: dict[str, Any]) -> tuple[str, ...]:
         found += value if isinstance(value, list) else [value] if value is not None else []
     if not all(isinstance(name, str) and name for name in found):
         raise Failure("images is not a list of files")
-    return tuple(found)
+    return tuple(map(os.path.expanduser, found))
 
 
 def line_box(value: Any) -> tuple[int, int, int, int] | None:
@@ -4947,6 +4957,8 @@ class Journal:
         with self.lock:
             try:
                 self.file = self.file or open_lines(self.path, 0o666)
+                if os.name == "posix" and not os.fstat(self.file.fileno()).st_nlink:
+                    raise OSError("it was removed")
                 write_line(self.file, line)
             except OSError as error:
                 self.file = None  # a torn line is ended at the next opening
@@ -5023,10 +5035,12 @@ def read_journals(paths: Iterable[str], sandbox: bool) -> dict[str, Entry]:
 
 
 def later(entry: Entry, other: Entry | None) -> Entry:
-    """Return which word on a job counts, of two journals: one that was paid for, else the newer."""
+    """Return which word on a job counts, of two journals: saved, maybe billed, else the newer."""
     if not other:
         return entry
-    first, second = ((one.state in PAID_STATES, one.time) for one in (entry, other))
+    first, second = (
+        (one.state == SAVED, one.state in PAID_STATES, one.time) for one in (entry, other)
+    )
     return (entry if first >= second else other)._replace(spent=entry.spent + other.spent)
 
 
@@ -5168,7 +5182,9 @@ class JobKeeper(Keeper):
     def __init__(self, batch: Batch, entry: dict[str, Any]) -> None:
         self.journal, self.gate, self.console = batch.journal, batch.gate, batch.console
         self.entry = entry
-        self.mark = {"journal": self.journal.path, "entry": entry}
+        self.sent = ""  # the id of the job that was sent
+        self.told = False  # whether its outcome is on record
+        self.mark = {"journal": os.path.realpath(self.journal.path), "entry": entry}
 
     def enter(self) -> None:
         """Wait for the gate."""
@@ -5180,6 +5196,7 @@ class JobKeeper(Keeper):
     def sending(self, job: Job) -> None:
         """Put the POST on record."""
         self.journal.add({"state": SENT, **self.entry, "job_id": job.id})
+        self.sent, self.told = job.id, False
 
     def pause(self, seconds: float) -> None:
         """Hold all workers back, not this one alone."""
@@ -5188,8 +5205,13 @@ class JobKeeper(Keeper):
 
     def done(self, job: Job, outcome: Outcome) -> None:
         """Put an outcome on record, before its job folder may go."""
+        self.tell(outcome, job.id)
+
+    def tell(self, outcome: Outcome, job_id: str) -> None:
+        """Write an outcome into the journal."""
         told = outcome_entry(outcome, self.console)
-        self.journal.add({**told, **self.entry, "job_id": job.id})
+        self.journal.add({**told, **self.entry, "job_id": job_id})
+        self.told = True
 
 
 class Batch:
@@ -5208,6 +5230,7 @@ class Batch:
         self.plans: list[Plan] = []
         self.states: dict[int, str] = {}  # of each plan's row, as it is now
         self.codes: dict[int, int] = {}  # exit codes of those that are not saved
+        self.working = 0  # threads
         self.ended = 0  # jobs that this run brought to an end
         self.spent = 0.0  # by all runs, unknown ones at their estimate
         self.cost = 0.0  # of this run
@@ -5236,15 +5259,14 @@ class Batch:
         """Return what the names of a job's pictures begin with."""
         return plan.name + ("-sandbox" if self.settings.sandbox else "")
 
-    def task(self, plan: Plan, console: Console) -> Task:
+    def task(self, plan: Plan, keeper: JobKeeper, console: Console) -> Task:
         """Return a job as the pipeline takes it. Raises Failure where it isn't what was checked."""
         request, _ = self.request(plan.row, Console(quiet=True))
         if batch_hash(request) != plan.identity.partition("-")[0]:
             raise Failure("an input picture changed since the check", EXIT_REFUSED)
         fields = {name: value for name, value in request.fields if name != "prompt"}
         prompt = self.console.scrub(str(request.get("prompt")))[:2000]
-        told = {"command": request.command, "prompt": prompt, "fields": fields}
-        keeper = JobKeeper(self, {**self.entry(plan), **told})
+        keeper.entry.update(command=request.command, prompt=prompt, fields=fields)
         session = self.session._replace(console=console, keeper=keeper)
         return Task(request, self.target(plan, request), self.settings, session)
 
@@ -5265,14 +5287,13 @@ class Batch:
         plan = self.next_plan()
         while plan:
             console = JobConsole(self.console, plan.name)
+            keeper = JobKeeper(self, self.entry(plan))
             try:
-                outcome = self.perform(plan, console)
+                outcome = self.perform(plan, keeper, console)
             except Interrupted as stop:
-                outcome = Outcome("", failure=stopped(stop.number, False, unsent=True))
-            except Failure as failure:
-                outcome = self.not_begun(plan, failure)
-            except OSError as error:
-                outcome = self.not_begun(plan, Failure(os_reason(error), EXIT_REFUSED))
+                outcome = Outcome("", failure=stopped(stop.number, False, unsent=not keeper.sent))
+            except (Failure, OSError) as error:
+                outcome = self.broken_off(plan, keeper, error)
             self.finish(plan, outcome, console)
             plan = self.next_plan()
 
@@ -5297,9 +5318,9 @@ class Batch:
         total = self.spent + sum(self.in_flight.values()) + plan.estimate
         return bool(total <= self.args.max_cost + 1e-9)
 
-    def perform(self, plan: Plan, console: Console) -> Outcome:
+    def perform(self, plan: Plan, keeper: JobKeeper, console: Console) -> Outcome:
         """Finish what an earlier run left of a job, else send it."""
-        task = self.task(plan, console)
+        task = self.task(plan, keeper, console)
         job = self.take_up(plan) if plan.look else None
         if job:
             outcome = carry_out(job, task)
@@ -5312,8 +5333,7 @@ class Batch:
         failure = Failure(why, EXIT_UNKNOWN, hint=JobKeeper.again, maybe_billed=True)
         outcome = Outcome(task.request.command, task.request, failure=failure)
         if plan.entry and plan.entry.state == SENT:
-            told = {**task.session.keeper.entry, "job_id": plan.entry.job_id}
-            self.journal.add({**outcome_entry(outcome, console), **told})
+            keeper.tell(outcome, plan.entry.job_id)
         return outcome
 
     def take_up(self, plan: Plan) -> Job | None:
@@ -5331,15 +5351,19 @@ class Batch:
             return None
         return job._replace(resumed=True)
 
-    def not_begun(self, plan: Plan, failure: Failure) -> Outcome:
-        """Put on record why a job was not even begun, unless the journal says worse of it."""
-        failure.maybe_billed = failure.maybe_billed or plan.look
+    def broken_off(self, plan: Plan, keeper: JobKeeper, error: Exception) -> Outcome:
+        """Return the outcome of a job that a fault of ours ended, and put it on record.
+
+        What was sent, now or by an earlier run, is never journalled as not billed.
+        """
+        failure = error if isinstance(error, Failure) else Failure(str(error), EXIT_REFUSED)
+        if isinstance(error, OSError):
+            failure.message = f"{os_reason(error)}: {error.filename or plan.name}"
+        failure.maybe_billed = failure.maybe_billed or plan.look or bool(keeper.sent)
         outcome = Outcome("", failure=failure)
         try:
-            if not plan.look:
-                prompt = {"prompt": str(self.jobs.read(plan.row).get("prompt"))[:2000]}
-                told = outcome_entry(outcome, self.console)
-                self.journal.add({**told, **self.entry(plan), **prompt})
+            if not plan.look and not keeper.told:
+                keeper.tell(outcome, keeper.sent)
         except Failure as broken:
             self.broken, self.stopping = broken, broken.message
         return outcome
@@ -5374,6 +5398,8 @@ class Batch:
 def batch_folder(args: Args, settings: Settings) -> str:
     """Return the output folder: --output-dir, else the jobs file's name without its suffix."""
     path = args.words[0]
+    if args.output_dir == "":
+        raise Failure("--output-dir is empty")
     if args.output_dir is not None:
         return os.path.abspath(os.path.expanduser(args.output_dir))
     if path == "-":
@@ -5390,7 +5416,7 @@ def check_jobs(batch: Batch, entries: dict[str, Entry], seen: dict[str, int]) ->
     """Return every job of the file, checked. Raises Failure (exit 2) with every bad line told."""
     faults = list(batch.jobs.faults)
     warnings: dict[str, list[int]] = {}
-    plans = []
+    plans, word = [], batch.jobs.word
     for row, (number, _) in enumerate(batch.jobs.rows):
         console = Console(quiet=True)
         try:
@@ -5401,12 +5427,12 @@ def check_jobs(batch: Batch, entries: dict[str, Entry], seen: dict[str, int]) ->
             warnings.setdefault(warning, []).append(number)
     for warning, numbers in warnings.items():
         more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
-        batch.console.warn(f"line {numbers[0]}{more}: {warning}")
+        batch.console.warn(f"{word} {numbers[0]}{more}: {warning}")
     for number, fault in sorted(faults):
-        batch.console.error(f"{PROGRAM}: line {number}: {fault}")
+        batch.console.error(f"{PROGRAM}: {word} {number}: {fault}")
     if faults:
-        lines = f"{plural(len(faults), 'line')} of {len(batch.jobs.rows) + len(batch.jobs.faults)}"
-        first = "line {}: {}".format(*min(faults))
+        lines = f"{plural(len(faults), word)} of {len(batch.jobs.rows) + len(batch.jobs.faults)}"
+        first = "{} {}: {}".format(word, *min(faults))
         raise Failure(f"{lines} can't be used, so nothing was sent; the first is {first}")
     return plans
 
@@ -5423,10 +5449,15 @@ def check_job(
         line_id(line),
         occurrence(batch_hash(request), seen),
         occurrence(line_hash(line), seen),
-        line_text(line, "output"),
+        line_path(line, "output"),
         " ".join(str(word) for word in words if word),
         estimate.amount if estimate else 0.0,
     )
+    for file in request.files:
+        path = same_name(file.path)
+        if f"out {path}" in seen:
+            raise Failure(f"image {file.path} is what another line writes")
+        seen[f"in {path}"] = row
     if plan.id or plan.output:
         claim_names(plan, batch.target(plan, request), batch, seen)
     entry = entries.get(plan.identity)
@@ -5436,20 +5467,32 @@ def check_job(
 
 
 def claim_names(plan: Plan, target: Target, batch: Batch, seen: dict[str, int]) -> None:
-    """Refuse names that another line has, or that the batch itself writes."""
+    """Refuse names that another line has, or that are files which the batch needs."""
+    if plan.output == "-":
+        raise Failure("output is a file here, as standard output tells what was saved")
     paths = [target.path(k, "png") for k in range(target.planned)] if target.name or plan.id else []
-    for path in paths:
-        if os.path.dirname(path) == batch.folder and OWN_NAMES.fullmatch(os.path.basename(path)):
+    for path in map(same_name, paths):
+        stem, name = os.path.splitext(path)[0], os.path.basename(path)
+        own = OWN_NAMES.fullmatch(name) and os.path.dirname(path) == same_name(batch.folder)
+        if own or path == same_name(batch.args.words[0]):
             raise Failure(f"output {plan.output} is a file of the batch itself")
-        claim = os.path.normcase(os.path.splitext(path)[0]).lower()
-        if seen.setdefault(claim, plan.row) != plan.row:
-            other = batch.jobs.rows[seen[claim]][0]
-            raise Failure(f"{os.path.basename(path)} is what line {other} is saved as")
+        if f"in {path}" in seen:
+            raise Failure(f"output {plan.output} is an input picture of this batch")
+        seen[f"out {path}"] = plan.row
+        if seen.setdefault(stem, plan.row) != plan.row:
+            other = batch.jobs.rows[seen[stem]][0]
+            raise Failure(f"{name} is what {batch.jobs.word} {other} is saved as")
+
+
+def same_name(path: str) -> str:
+    """Return a path as file systems may take it for the same: no links, no case."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.normcase(os.path.join(os.path.realpath(folder), name)).lower()
 
 
 def claimed_numbers(batch: Batch, seen: dict[str, int]) -> set[int]:
     """Return the numbers that no job may get, as an id or output has their name."""
-    folder = os.path.normcase(batch.folder).lower() + os.sep
+    folder = same_name(batch.folder) + os.sep
     matches = (
         re.fullmatch(r"([0-9]{4,9})(-[0-9]+)?", claim[len(folder) :])
         for claim in seen
@@ -5605,15 +5648,14 @@ def refuse_other_shards(batch: Batch) -> None:
 
 def left_folders(batch: Batch, entries: dict[str, Entry]) -> dict[str, str]:
     """Return the job folders that earlier runs left, by id; those that are of no use go."""
-    journals = journals_in(batch.folder)
+    journals = [os.path.realpath(path) for path in journals_in(batch.folder)]
     by_id = {entry.job_id: entry for entry in entries.values()}
     found = {}
     for folder in list_jobs():
-        record = read_record(folder)
-        mark = record.get("batch") if record else None
-        if not isinstance(mark, dict) or mark.get("journal") not in journals:
-            continue
         entry = by_id.get(os.path.basename(folder))
+        mark = part(read_record(folder), "batch", dict)
+        if not mark or not (entry or mark.get("journal") in journals):
+            continue
         ended = entry.state in (SAVED, FAILED, REFUSED) if entry else False
         job = None if entry and not ended else take_job(folder)
         if job and (ended or job.untouched) and not curl_lives(job):
@@ -5667,13 +5709,14 @@ def run_workers(batch: Batch) -> None:
         try:
             batch.work()
         finally:
+            with batch.lock:
+                batch.working -= 1
             changed.set()
 
-    number = min(batch.args.concurrency, len(batch.queue))
-    threads = [Thread(target=work, daemon=True) for _ in range(number)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
+    batch.working = min(batch.args.concurrency, len(batch.queue))
+    for _ in range(batch.working):
+        Thread(target=work, daemon=True).start()
+    while batch.working:
         try:
             if interrupted:
                 changed.wait(0.2)
@@ -5745,7 +5788,8 @@ def report_batch(batch: Batch, seconds: float) -> int:
     for row in (cells, cells.values()):
         widths = (max(len(name), len(cell)) + 2 for name, cell in cells.items())
         console.say("".join(f"{cell:>{width}}" for cell, width in zip(row, widths)))
-    console.say(f"Gallery: {os.path.join(batch.folder, GALLERY)}")
+    if os.path.isfile(os.path.join(batch.folder, GALLERY)):
+        console.say(f"Gallery: {os.path.join(batch.folder, GALLERY)}")
     if failure:
         console.error(f"{PROGRAM}: {failure}")
     return failure.exit_code if failure else EXIT_OK
@@ -5760,7 +5804,8 @@ def show_batch(batch: Batch) -> int:
         counts[action] += 1
         total += plan.estimate if plan.send else 0.0
         if console.json:
-            document = dry_run_document(batch.task(plan, console))
+            keeper = JobKeeper(batch, batch.entry(plan))
+            document = dry_run_document(batch.task(plan, keeper, console))
             more = {"id": plan.name, "action": action, "dry_run": document}
             emit_document(plan.label.partition(" ")[0], more, console)
         else:
@@ -6240,6 +6285,7 @@ def command_batch(args: Args, session: Session) -> int:
     check_connection(settings)
     lock = lock_batch(batch) if os.path.isdir(batch.folder) else None
     entries = plan_batch(batch)
+    find_curl()
     check_folder(batch.folder)
     if not lock:
         os.makedirs(batch.folder, exist_ok=True)
@@ -6248,7 +6294,9 @@ def command_batch(args: Args, session: Session) -> int:
             raise Failure("another run of this batch has just begun", hint="wait for it to end")
     begin_batch(batch, entries)
     run_workers(batch)
-    write_gallery(batch)
+    journals = [batch.journal.path, *journals_in(batch.folder)]
+    if changed_at(os.path.join(batch.folder, GALLERY)) <= max(map(changed_at, journals)):
+        write_gallery(batch)
     return report_batch(batch, time.monotonic() - started)
 
 
@@ -6282,7 +6330,6 @@ def begin_batch(batch: Batch, entries: dict[str, Entry]) -> None:
     looks = [plan for plan in batch.plans if plan.look]
     sends = [plan for plan in batch.plans if plan.send and not plan.look]
     if looks or sends:
-        find_curl()
         root = open_jobs_folder(batch.console, batch.args.concurrency)
         batch.session = session._replace(root=root)
     for plan in sends:
@@ -6391,8 +6438,8 @@ class RecoverKeeper(Keeper):
         self.journal, self.entry = journal, entry
 
     def done(self, job: Job, outcome: Outcome) -> None:
-        """Put on record what was saved; where nothing was, the journal knows that already."""
-        if outcome.pictures:
+        """Put on record what came of it; an outcome that stays unknown is there already."""
+        if state_of(outcome) != UNKNOWN:
             told = outcome_entry(outcome, self.journal.console)
             self.journal.add({**told, **self.entry, "job_id": job.id})
 
@@ -7188,6 +7235,7 @@ FILE_KINDS = ("FILE", "PATH", "DIR")
 SIZE_WORDS = (*TIERS, *(row[1] for row in SIZES), *(row[0] for row in SIZES), "auto")
 OFFERED = {"model": tuple(MODELS), "size": SIZE_WORDS, "redo": REDO_WORDS}
 FILE_COMMANDS = ("edit", "batch")  # whose positional words are files
+SHELL_WORDS = {"completion": "':shell:(bash zsh fish)'"}
 BASH_FILES = "local IFS=$'\\n'; COMPREPLY=($(compgen -f -- \"$cur\")); return"
 
 
@@ -7208,7 +7256,6 @@ def bash_completion() -> Iterator[str]:
     yield "    COMPREPLY=()"
     yield '    case "${COMP_CWORD:-1} ${COMP_WORDS[1]} $prev" in'
     yield f'        "1 "*) words="{" ".join(COMMANDS)}";;'
-    yield '        *" completion "*) words="bash zsh fish";;'
     for command in COMMANDS:
         for _, names, kind, dest, _ in option_rows(command):
             pattern = "|".join(f'*" {command} {name}"' for name in names)
@@ -7221,7 +7268,8 @@ def bash_completion() -> Iterator[str]:
         yield f'        *" {command} "*)'
         if command in FILE_COMMANDS:
             yield f"            [[ $cur == -* ]] || {{ {BASH_FILES}; }}"
-        yield f'            words="{" ".join(options)}";;'
+        shells = ["bash", "zsh", "fish"] if command == "completion" else []
+        yield f'            words="{" ".join(options + shells)}";;'
     yield "    esac"
     yield '    COMPREPLY=($(compgen -W "$words" -- "$cur"))'
     yield "}"
@@ -7245,9 +7293,8 @@ def zsh_completion() -> Iterator[str]:
         for _, names, kind, dest, text in option_rows(command):
             for name in names:
                 yield f"            {zsh_option(name, kind, dest, text)} \\"
-        rest = {"completion": ":shell:(bash zsh fish)"}.get(command, ":word: ")
-        rest = ":file:_files" if command in FILE_COMMANDS else rest
-        yield f"            '*{rest}';;"
+        rest = "'*:file:_files'" if command in FILE_COMMANDS else ""
+        yield f"            {rest or SHELL_WORDS.get(command, '')};;"
     yield "    esac"
     yield "}"
     yield '[[ $funcstack[1] == _gpt* ]] && _gpt_image2 "$@" || '

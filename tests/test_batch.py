@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import time
+import unittest
 from typing import Any
 
 from tests.batches import LOW, POLICY, BatchCase, drawn
 from tests.pictures import jpeg, png
-from tests.support import KEY, OPENAI_USAGE, Reply, answer, hk_answer, json_reply, page, refusal
+from tests.support import (
+    KEY,
+    OPENAI_USAGE,
+    Reply,
+    answer,
+    hk_answer,
+    json_reply,
+    page,
+    refusal,
+    start,
+    stop,
+)
 
 BAD_REQUEST = refusal(400, "invalid_value", "No such size.")
 UNAUTHORIZED = refusal(401, "invalid_api_key", "Wrong key.")
 PICTURE_COST = 0.00828  # OPENAI_USAGE at OpenAI's prices
 LOW_ESTIMATE = 0.0059  # a low 1024x1024: 16 * 16 * (2,000,000 + 1024 * 1024) / 4,000,000 tokens
+
+SLOW_END = """
+import threading, time
+
+run = threading.Thread.run
+threading.Thread.run = lambda self: (run(self), time.sleep(0.05))
+"""
 
 
 class Wire(BatchCase):
@@ -98,6 +119,32 @@ class Wire(BatchCase):
         self.assertEqual((self.folder / "0001.png").read_bytes(), b"mine")
         self.assertEqual(run.saved, [self.folder / "0001-2.png"])
 
+    def test_the_jobs_file_may_change_meanwhile(self) -> None:
+        release = self.painter.hold("a")
+        self.prompts("a", "b")
+        tool = self.start_tool("batch", "jobs.jsonl", "--concurrency", "1")
+        self.api.wait_for_request()
+        self.prompts("x", "y")
+        release.set()
+        self.check(self.finish(tool), 0)
+        self.check_pictures(**{"0001": "a", "0002": "b"})
+
+    def test_a_picture_that_changes_meanwhile_is_not_sent(self) -> None:
+        release = self.painter.hold("a")
+        (self.work / "room.png").write_bytes(png(16, 16, seed=1))
+        self.write({"prompt": "a"}, {"prompt": "b", "images": ["room.png"]}, {"prompt": "c"})
+        tool = self.start_tool("batch", "jobs.jsonl", "--concurrency", "1")
+        self.api.wait_for_request()
+        (self.work / "room.png").write_bytes(png(16, 16, seed=2))
+        release.set()
+        run = self.check(self.finish(tool), 9)
+        self.assertRegex(run.err, "0002: .*changed")
+        self.assertEqual(self.posted(), ["a", "c"])
+        self.assertEqual(self.states()["0002"], "failed")
+        self.batch()
+        self.assertEqual(self.posted(), ["a", "b", "c"])
+        self.assertEqual(self.post_of("b").uploads[0].body, png(16, 16, seed=2))
+
     def test_the_key_is_in_no_file_and_no_line(self) -> None:
         self.painter.order("a", refusal(400, "x", f"You sent {KEY}."))
         self.prompts("a", f"my key is {KEY}")
@@ -135,6 +182,17 @@ class Folders(BatchCase):
         self.configure(output_dir=str(self.tmp / "mine"))
         self.check_folder(f"{self.tmp}/mine/jobs")
         self.check_folder(f"{self.work}/here", "--output-dir", "here")
+
+    def test_two_jobs_files_in_one_folder(self) -> None:
+        self.prompts("a", "b")
+        self.write({"prompt": "c"}, {"prompt": "b"}, {"prompt": "d"}, name="more.jsonl")
+        self.batch()
+        self.batch("--output-dir", "jobs", file="more.jsonl")
+        self.assertEqual(self.posted(), ["a", "b", "c", "d"])
+        self.assertEqual(sorted(self.painted().values()), ["a", "b", "c", "d"])
+        self.batch()
+        self.batch("--output-dir", "jobs", file="more.jsonl")
+        self.assertEqual(len(self.painter.seen), 4)
 
     def test_a_file_without_suffix_needs_output_dir(self) -> None:
         self.prompts("a").rename(self.work / "plain")
@@ -247,14 +305,32 @@ class Said(BatchCase):
         run = self.check(self.finish(tool), 0)
         self.assertEqual([doc["ok"] for doc in self.documents(run)], [True, True])
 
-    def test_a_line_every_30_seconds(self) -> None:
-        self.hurry(40)
+    @unittest.skipUnless(hasattr(os, "openpty"), "needs pseudo-terminals")
+    def test_on_a_terminal_one_line_that_is_written_over(self) -> None:
         release = self.painter.hold("b")
-        self.prompts("a", "b")
-        tool = self.start_tool("batch", "jobs.jsonl")
-        self.hear(tool, "batch: 1 done, 0 failed, 1 left")
+        self.prompts("a", "b", "c")
+        self.painter.order("c", BAD_REQUEST)
+        master, slave = os.openpty()
+        self.addCleanup(os.close, master)
+        argv, env = ["batch", "jobs.jsonl"], {**self.env, "TERM": "xterm"}
+        tool = start(self.script, argv, stderr=slave, env=env, cwd=self.work)
+        self.addCleanup(stop, tool)
+        os.close(slave)
+        shown = ""
+        while not re.search("1 done, 1 failed, 1 left", shown):
+            shown += os.read(master, 65536).decode()
         release.set()
-        self.check(self.finish(tool), 0)
+        out, _ = tool.communicate(timeout=20)
+        self.assertEqual(tool.wait(), 9)
+        self.assertRegex(shown, r"\r\x1b\[K[-|/\\] [^\n]*1 done, 1 failed, 1 left")
+        self.assertRegex(out.decode(), r"^(Saved: [^\n]*\n){2}$")
+
+    def test_a_stdout_that_is_closed_loses_no_picture(self) -> None:
+        self.prompts("a", "b")
+        self.shell('exec "$@" >&-')
+        run = self.check(self.run_tool("batch", "jobs.jsonl"), 0)
+        self.assertIn("0001.png", run.err)
+        self.check_pictures(**{"0001": "a", "0002": "b"})
 
     def test_without_a_terminal_no_control_characters(self) -> None:
         self.prompts("a\x1b[31m", "b\u202e")
@@ -463,13 +539,21 @@ class Pace(BatchCase):
                 self.write(*({"prompt": name} for name in names), name=f"{expected}.jsonl")
                 tool = self.start_tool("batch", f"{expected}.jsonl", *argv)
                 self.api.wait_for_request(posts + expected)
-                time.sleep(0.1)
+                time.sleep(0.05)
                 self.assertEqual(len(self.api.posts) - posts, expected)
                 releases[self.painter.seen[posts]].set()
                 self.api.wait_for_request(posts + expected + 1)
                 for release in releases.values():
                     release.set()
                 self.check(self.finish(tool), 0)
+
+    def test_the_end_is_not_waited_for(self) -> None:
+        """Also where threads take their time to die: that must not be a second's wait."""
+        (self.home / "sitecustomize.py").write_text(SLOW_END)
+        self.prompts("a", "b")
+        started = time.monotonic()
+        self.batch(env={"PYTHONPATH": str(self.home)})
+        self.assertLess(time.monotonic() - started, 0.9)  # BUG 10
 
     def test_in_the_order_of_the_file(self) -> None:
         names = [f"job {number}" for number in range(6)]
@@ -479,25 +563,25 @@ class Pace(BatchCase):
 
     def test_so_many_a_minute(self) -> None:
         self.prompts("a", "b", "c", "d")
-        self.batch("--rpm", "240")
+        self.batch("--rpm", "400")
         first, *_, last = self.painter.times
-        self.assertGreater(last - first, 3 * 0.25 - 0.15)
+        self.assertGreater(last - first, 3 * 0.15 - 0.15)
 
     def test_a_429_holds_all_workers(self) -> None:
-        self.hurry(10)
-        slow = refusal(429, "rate_limit_exceeded", "Slow.", headers=[("Retry-After", "8")])
+        self.hurry(20)
+        slow = refusal(429, "rate_limit_exceeded", "Slow.", headers=[("Retry-After", "6")])
         self.painter.order("a", slow)
         release = self.painter.hold("b")
         self.prompts("a", "b", "c", "d")
         tool = self.start_tool("batch", "jobs.jsonl", "--concurrency", "2")
-        self.hear(tool, "all wait 8 s")
+        self.hear(tool, "all wait 6 s")
         told = time.monotonic()
         self.api.wait_for_request(2)
         release.set()  # b's worker is free; it must not begin c
         self.check(self.finish(tool), 0)
         self.assertEqual(sorted(self.painter.seen[:2]), ["a", "b"])
         self.assertEqual(sorted(self.painter.seen[2:]), ["a", "c", "d"])
-        self.assertGreater(self.painter.times[2] - told, 0.6)
+        self.assertGreater(self.painter.times[2] - told, 0.15)
         self.assertEqual(len(self.painted()), 4)
 
     def test_a_429_that_does_not_end_is_no_loss(self) -> None:
@@ -553,7 +637,7 @@ class MaxCost(BatchCase):
         self.prompts("a", "b", "c", "d")
         tool = self.start_tool("batch", "jobs.jsonl", *self.openai, "--max-cost", "0.013")
         self.api.wait_for_request(2)
-        time.sleep(0.3)
+        time.sleep(0.25)
         self.assertEqual(len(self.api.posts), 2)
         release.set()
         self.check(self.finish(tool), 9)
@@ -566,11 +650,14 @@ class MaxCost(BatchCase):
         self.assertEqual(self.posted(), ["a", "b"])
 
     def test_counts_what_may_have_been_billed(self) -> None:
+        """A is unknown (0.0059), b saved (0.0083): with c (0.0059) that makes 0.0201."""
         self.prompts("a", "b", "c")
         self.painter.order("a", Reply(silent=True))
-        self.assertEqual(self.left("0.013"), "1")
-        self.assertEqual(self.left("0.013"), "1")
+        self.assertEqual(self.left("0.0195"), "1")
+        self.assertEqual(self.left("0.0195"), "1")
         self.assertEqual(self.painter.seen, ["a", "b"])
+        self.batch("--max-cost", "0.0205", *self.openai, code=9)
+        self.assertEqual(self.painter.seen, ["a", "b", "c"], "but no more than once")
 
     def test_auto_counts_as_high(self) -> None:
         self.prompts("a")

@@ -45,10 +45,10 @@ class ResumeCase(BatchCase):
 
     def under_way(self, *prompts: str, argv: tuple[str, ...] = ()) -> tuple[Child, threading.Event]:
         """Return a batch whose jobs are all at the server, and what lets the answers come."""
-        release = self.painter.hold(*prompts)
+        posts, release = len(self.api.posts), self.painter.hold(*prompts)
         self.prompts(*prompts)
         tool = self.start_tool("batch", "jobs.jsonl", *argv)
-        self.api.wait_for_request(len(prompts))
+        self.api.wait_for_request(posts + len(prompts))
         return tool, release
 
     def killed(self, tool: Child) -> None:
@@ -103,7 +103,7 @@ class Again(ResumeCase):
         self.again("--redo", "failed", code=9, sends=2, saves=2)
         self.assertEqual(self.posted(), ["bad size", "bad words"])
         self.painter.seen.clear()
-        self.again("--redo", "unknown", sends=3, saves=3)  # BUG 4
+        self.again("--redo", "unknown", sends=3, saves=3)
         self.assertEqual(self.posted(), ["half", "oops", "silence"])
         self.assertEqual(set(self.states().values()), {"saved"})
         self.again()
@@ -123,7 +123,7 @@ class Again(ResumeCase):
         self.prompts("a")
         self.painter.order("a", OOPS, OOPS)
         self.batch(code=8)
-        self.again("--redo", "unknown", code=8, sends=1)  # BUG 4
+        self.again("--redo", "unknown", code=8, sends=1)
         self.again(code=8)
         self.again("--redo", "unknown", sends=1, saves=1)
         self.assertEqual(self.states(), {"0001": "saved"})
@@ -282,7 +282,7 @@ class Changes(ResumeCase):
         self.painter.order("b", SILENT)
         self.painter.order("c", BAD_REQUEST)
         self.batch(code=9)
-        self.differs(*LOW, says=r"2 saved jobs differ \(quality unset -> low\)")
+        self.differs(*LOW, says=r"2 saved or maybe billed jobs differ \(quality unset -> low\)")
         self.again("--redo", "changed", *LOW, sends=4, saves=4)
         self.again(*LOW)
 
@@ -325,7 +325,7 @@ class Redo(ResumeCase):
         self.write(*({"prompt": word, "id": word} for word in ("failed", "unknown", "changed")))
         self.batch()
         for word in ("failed", "unknown", "changed"):
-            self.again("--redo", word)  # BUG 5
+            self.again("--redo", word)
 
     def test_one_that_was_cut_short_is_finished_by_the_same_command(self) -> None:
         for which in ("all", "0001,0002,0003"):
@@ -388,6 +388,19 @@ class Killed(ResumeCase):
         self.prompts("a", "b", "c")
         self.again(sends=1, saves=3)
         self.check_done("a", "b", "c")
+
+    def test_a_redo_looks_for_the_answer_before_it_pays_again(self) -> None:
+        for which in ("unknown", "all"):
+            with self.subTest(which):
+                self.painter.seen.clear()
+                tool, release = self.under_way(f"{which} a", f"{which} b")
+                self.killed(tool)
+                second = self.start_tool("batch", "jobs.jsonl", "--redo", which)
+                self.wait_until(lambda: self.holds_lock(second))  # noqa: B023  called at once
+                release.set()
+                self.check(self.finish(second), 0)
+                self.assertEqual(len(self.painter.seen), 2)
+                shutil.rmtree(self.folder)
 
     def test_again_and_again(self) -> None:
         tool, release = self.under_way("a", "b")
@@ -453,6 +466,46 @@ class Killed(ResumeCase):
         (job / "response.json").write_bytes(b"")
         self.again(sends=1, saves=1)
         self.check_done("a again")
+
+    def test_while_it_waits_for_a_429s_end(self) -> None:
+        """What the server refused to serve is sent by the next run."""
+        slow = refusal(429, "rate_limit_exceeded", "Slow.", headers=[("Retry-After", "5")])
+        self.hurry(25)
+        self.painter.order("a", slow)
+        self.prompts("a", "b")
+        tool = self.start_tool("batch", "jobs.jsonl", "--concurrency", "1")
+        self.hear(tool, "all wait 5 s")
+        self.killed(tool)
+        self.again(sends=2, saves=2)
+        self.check_done("a again", "b")
+
+    def test_recover_while_a_batch_works_on_it(self) -> None:
+        tool, release = self.under_way("a")
+        (job,) = self.jobs()
+        run = self.check(self.run_tool("recover", job.name), 10)
+        self.assertIn("under way", run.err)
+        release.set()
+        self.check(self.finish(tool), 0)
+        self.check_done("a")
+
+    def test_recover_takes_over_what_a_killed_batch_left(self) -> None:
+        tool, release = self.under_way("a", "b")
+        self.killed(tool)
+        release.set()
+        recovered = self.check(self.run_tool("recover", "--all"), 0)
+        self.assertEqual({path.parent for path in recovered.saved}, {self.folder})
+        self.assertEqual(self.states(), {"0001": "saved", "0002": "saved"})
+        self.again()
+        self.check_done("a", "b")
+
+    def test_a_single_request_does_not_take_over_a_batchs_job(self) -> None:
+        tool, release = self.under_way("a")
+        self.killed(tool)
+        release.set()
+        self.curls_end()
+        self.check(self.run_tool("generate", "a", "-o", "own.png", "--new"), 0)
+        self.again(saves=1)
+        self.assertEqual(self.painter.seen, ["a", "a"])
 
     def test_a_torn_last_line(self) -> None:
         self.prompts("a", "b")
@@ -522,7 +575,7 @@ class Stopped(ResumeCase):
         self.check_done("a", "b", "c", "d")
 
     def test_once_and_the_answers_take_longer(self) -> None:
-        self.hurry(20)
+        self.hurry(40)
         tool, release = self.under_way("a", "b", argv=("--json",))
         tool.send_signal(signal.SIGTERM)
         run = self.check(self.finish(tool), 143)
@@ -608,7 +661,7 @@ class Shards(ResumeCase):
         self.batch(code=9)
         self.assertEqual(self.shard("2/2"), [])
         self.assertEqual(self.shard("1/2"), ["a"])
-        self.again()  # BUG 7
+        self.again()
 
     def test_lines_that_are_the_same(self) -> None:
         self.prompts("a", "a", "a")
@@ -659,7 +712,7 @@ class BadDisks(ResumeCase):
         (self.folder / "results.jsonl").mkdir(parents=True)
         run = self.run_tool("batch", "jobs.jsonl")
         self.assertIn(run.code, (1, 2), self.story(run))
-        self.assertIn("results.jsonl", run.err)  # BUG 6
+        self.assertIn("results.jsonl", run.err)
         self.assertNotIn("Traceback", run.err)
         self.no_request(self.api)
 

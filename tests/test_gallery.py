@@ -144,7 +144,7 @@ class Content(GalleryCase):
         self.assertEqual(self.shown(page), [f"{name}.png", f"{name}+.png"])
         self.assertEqual(page.figures[0].pictures[0]["alt"], nasty)
         self.assertIn(nasty, page.figures[0].text)
-        self.assertIn(f"\n{name} · ", page.figures[0].text)  # BUG 8
+        self.assertIn(f"\n{name} · ", page.figures[0].text)
         self.batch(file="<i>x&amp;.jsonl")
         self.assertIn("<i>x&amp;", "".join(self.page(self.work / "<i>x&amp;").texts))
 
@@ -192,12 +192,12 @@ class Upkeep(GalleryCase):
         self.batch("--redo", "0001")
         self.assertEqual(self.shown(self.page()), ["0001-2.png", "0002.png"])
 
-    def test_while_the_batch_runs(self) -> None:
-        self.hurry(4)
+    def test_while_the_batch_runs_a_page_and_a_line_on_stderr(self) -> None:
+        self.hurry(40)
         release = self.painter.hold("b", "c")
         self.prompts("a", "b", "c", "d")
         tool = self.start_tool("batch", "jobs.jsonl", "--concurrency", "2")
-        self.wait_until((self.folder / "index.html").exists)
+        self.hear(tool, "batch: 1 done, 0 failed, 3 left")
         page = self.page()
         self.assertIn("0001.png", self.shown(page))
         self.assertRegex("".join(figure.text for figure in page.figures), "under way")
@@ -241,7 +241,7 @@ class Upkeep(GalleryCase):
         self.assertEqual(self.listing(self.folder), names)
 
     def test_a_journal_that_lies(self) -> None:
-        """A line whose parts are of other kinds than ours breaks nothing."""  # BUG 9
+        """A line whose parts are of other kinds than ours breaks nothing."""
         self.prompts("a")
         self.batch()
         saved = {"state": "saved", "number": 9}

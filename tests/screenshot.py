@@ -1,0 +1,92 @@
+"""Takes the README's picture of a run: a real kitty on a virtual screen; not part of the tests.
+
+    python3 tests/screenshot.py docs/terminal.png
+
+Needs Debian's kitty, xvfb and imagemagick (`import`); OpenGL may be in software. With --tmux the
+same happens inside tmux, whose passthrough is switched on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parent.parent / "gpt_image2.py"
+SHOWN = 'generate "a cat on a windowsill" --sandbox -s photo --preview'
+SETTINGS = """font_size 12
+remember_window_size no
+initial_window_width 92c
+initial_window_height 27c
+window_padding_width 8
+enable_audio_bell no
+update_check_interval 0
+cursor_blink_interval 0
+"""
+# What the terminal shows: the command as it is typed, and what the tool says.
+SESSION = """cd {home}/work
+clear
+printf '$ gpt-image2 %s\\n' {shown}
+{python} {script} {call} 2>&1
+printf '$ '
+touch {home}/done
+sleep 60
+"""
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 30) -> None:
+    """Wait until a file is there, as long as a process lives."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > end:
+            raise SystemExit(f"{path.name} did not come about")
+        time.sleep(0.05)
+
+
+def screenshot(target: Path, tmux: bool, home: Path, display: str) -> None:
+    """Run the session in kitty on a virtual screen and save what is seen."""
+    (home / "work").mkdir()
+    (home / "kitty.conf").write_text(SETTINGS)
+    quoted = {"python": shlex.quote(sys.executable), "script": shlex.quote(str(SCRIPT))}
+    text = SESSION.format(home=home, shown=shlex.quote(SHOWN), call=SHOWN, **quoted)
+    (home / "session.sh").write_text(text)
+    argv = ["kitty", "--config", str(home / "kitty.conf")]
+    argv += ["tmux", "-L", home.name, "-f", str(home / "tmux.conf"), "new"] if tmux else []
+    (home / "tmux.conf").write_text("set -g allow-passthrough on\nset -g status off\n")
+    env = {**os.environ, "HOME": str(home), "DISPLAY": display, "LIBGL_ALWAYS_SOFTWARE": "1"}
+    env.update(TMPDIR=str(home), XDG_CONFIG_HOME=str(home), XDG_STATE_HOME=str(home))
+    screen = subprocess.Popen(["Xvfb", display, "-screen", "0", "960x600x24"])
+    try:
+        wait_for(Path(f"/tmp/.X11-unix/X{display[1:]}"), screen)
+        terminal = subprocess.Popen([*argv, "sh", str(home / "session.sh")], env=env)
+        try:
+            wait_for(home / "done", terminal)
+            time.sleep(2)  # nothing tells when the screen has been drawn
+            window = ["import", "-window", "root", str(target)]
+            subprocess.run(window, env=env, check=True)
+        finally:
+            terminal.terminate()
+            terminal.wait()
+    finally:
+        screen.terminate()
+        screen.wait()
+
+
+def main() -> None:
+    """Take one picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--tmux", action="store_true")
+    parser.add_argument("--display", default=":93")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="gpt-image-2-") as home:
+        screenshot(args.target.resolve(), args.tmux, Path(home), args.display)
+
+
+if __name__ == "__main__":
+    main()
