@@ -553,7 +553,7 @@ class Pace(BatchCase):
         self.prompts("a", "b")
         started = time.monotonic()
         self.batch(env={"PYTHONPATH": str(self.home)})
-        self.assertLess(time.monotonic() - started, 0.9)  # BUG 10
+        self.assertLess(time.monotonic() - started, 0.9)
 
     def test_in_the_order_of_the_file(self) -> None:
         names = [f"job {number}" for number in range(6)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from typing import Any
 
@@ -33,7 +34,7 @@ class JobsFileCase(BatchCase):
         told = [
             line.partition(": ")[2].partition(": ")
             for line in run.err.splitlines()
-            if line.startswith("gpt-image2: line ")
+            if re.match("gpt-image2: (line|item) [0-9]+: ", line)
         ]
         numbers = [int(word[0].split()[1]) for word in told]
         self.assertEqual(numbers, sorted(numbers))
@@ -343,7 +344,9 @@ class BadLines(JobsFileCase):
 
     def test_of_an_array_are_numbered_by_element(self) -> None:
         self.write('[{"prompt": "a"}, 7, {"prompt": "b", "n": 99}]')
-        self.assertEqual(list(self.faults(self.refused())), [2, 3])
+        run = self.refused()
+        self.assertEqual(list(self.faults(run)), [2, 3])
+        self.assertNotIn("line 2", run.err)
 
     def test_two_with_one_id_or_one_output(self) -> None:
         self.write(
