@@ -14,7 +14,7 @@ paid picture is ever lost, none is paid for twice by surprise, and no key ever s
 The sections stand in the order of the pipeline; each uses only what is above it:
 Facts, Failures, Values, Console, Pictures as bytes, Sizes, Settings, Requests, Planned paths,
 Job folders, Curl, Replies, Verdicts, Downloads, Saving, Preview, Cost, One request, Reports,
-Jobs files, Journal, Batch, Gallery, Sandbox, Commands, Command line, Completion, Main.
+Jobs files, Journal, Batch, Deferred, Gallery, Sandbox, Commands, Command line, Completion, Main.
 """
 
 from __future__ import annotations
@@ -1279,6 +1279,7 @@ class Settings(NamedTuple):
     table: dict[str, Setting]
     allow_private: bool = False
     sandbox: bool = False
+    discount: float = 1.0  # what the Batch API leaves of a price
 
 
 def is_loopback(host: str) -> bool:
@@ -2219,6 +2220,7 @@ class Job(NamedTuple):
     folder: str
     lock: IO[bytes]
     resumed: bool = False
+    answer: str = ANSWER  # the file with the answer's body; an absolute one may be shared
 
     @property
     def id(self) -> str:
@@ -2538,13 +2540,18 @@ def take_job(folder: str) -> Job | None:
 
 def curl_lives(job: Job) -> bool:
     """Return whether the job's curl still runs: it holds the lock on its own output file."""
+    return line_locked(job.path(CURL_LINE))
+
+
+def line_locked(path: str) -> bool:
+    """Return whether a curl writes its write-out line to this file."""
     try:
-        lock = try_lock(job.path(CURL_LINE))
+        lock = try_lock(path) if os.path.exists(path) else None
     except OSError:
         return False
     if lock:
         lock.close()
-    return lock is None
+    return lock is None and os.path.exists(path)
 
 
 def set_status(job: Job, status: str) -> None:
@@ -3655,13 +3662,13 @@ def fetch(
 # The one door through which pictures reach the disk: whole or not at all, never over another file.
 
 
-def picture_pieces(source: ImageSource, folder: str, downloaded: str) -> Iterator[bytes]:
-    """Yield a picture's bytes from the job folder: a download, or base64 in the answer."""
+def picture_pieces(source: ImageSource, answer: str, downloaded: str) -> Iterator[bytes]:
+    """Yield a picture's bytes: a download's, or base64 in the file of the answer."""
     if source.kind == "url":
         with open(downloaded, "rb") as file:
             yield from iter(lambda: file.read(WINDOW), b"")
     elif isinstance(source.value, Span):
-        with open(os.path.join(folder, ANSWER), "rb") as file:
+        with open(answer, "rb") as file:
             yield from decode_text(span_pieces(file, source.value))
     else:
         yield from decode_text(iter([source.value.encode("utf-8", "replace")]))
@@ -3828,7 +3835,7 @@ def save_picture(index: int, source: ImageSource, job: Job, task: Task) -> Pictu
     def planned_name(suffix: str) -> str:
         return target.path(index, suffix)
 
-    pieces = picture_pieces(source, job.folder, downloaded)
+    pieces = picture_pieces(source, job.path(job.answer), downloaded)
     if target.stdout and index == 0:
         picture = write_picture(pieces, job.folder, spare_name, True, session)
         return send_to_stdout(picture)._replace(revised_prompt=source.revised_prompt)
@@ -3841,7 +3848,7 @@ def save_picture(index: int, source: ImageSource, job: Job, task: Task) -> Pictu
     except OSError as error:
         where = f"{target.folder}: {os_reason(error)}"
         session.console.warn(f"cannot write in {where}; the picture is kept in {job.folder}")
-        pieces = picture_pieces(source, job.folder, downloaded)
+        pieces = picture_pieces(source, job.path(job.answer), downloaded)
         picture = write_picture(pieces, job.folder, spare_name, True, session)
     return picture._replace(revised_prompt=source.revised_prompt)
 
@@ -4124,7 +4131,7 @@ def estimate_cost(request: Request, settings: Settings) -> Cost | None:
     partials = partials if isinstance(partials, int) else 0
     text_in = len(str(request.get("prompt"))) // 4 + 1
     each = Tokens(text_in, 0, 0, out + PARTIAL_TOKENS * partials)
-    return Cost(token_cost(each, known[0]) * request.total, known[1], True)
+    return Cost(token_cost(each, known[0]) * request.total * settings.discount, known[1], True)
 
 
 ################################################################################
@@ -4232,7 +4239,7 @@ class StreamWatch(Watch):
             stem, dot_suffix = os.path.splitext(self.target.path(self.finished, suffix))
             return f"{stem}.partial-{number}{dot_suffix}"
 
-        pieces = picture_pieces(source, os.path.dirname(self.path), "")
+        pieces = picture_pieces(source, self.path, "")
         folder, force = self.target.folder, self.target.force
         picture = write_picture(pieces, folder, name, force, self.session)
         self.partials.append(picture)
@@ -4303,7 +4310,7 @@ def answer_cost(answer: Answer, request: Request, settings: Settings) -> Cost | 
         return Cost(float(header), "USD")
     if not tokens or not known or not priced(tokens):
         return None
-    return Cost(token_cost(tokens, known[0]), known[1])
+    return Cost(token_cost(tokens, known[0]) * settings.discount, known[1])
 
 
 def keep_record(outcome: Outcome, task: Task) -> None:
@@ -4323,6 +4330,7 @@ def keep_record(outcome: Outcome, task: Task) -> None:
         "seconds": round(answer.end.seconds, 2),
         "job_id": outcome.job_id,
         "outcome": answer.verdict.kind,
+        **({"price": "batch"} if settings.discount < 1 else {}),
     }
     if task.session.sidecar:
         write_sidecars(outcome.pictures, {**entry, "request": payload(request)}, task)
@@ -4920,8 +4928,9 @@ def line_id(line: dict[str, Any]) -> str:
 # What a batch has done: results.jsonl beside its pictures, one line for each step of a job.
 
 SAVED, PARTIAL, SENT, UNKNOWN = "saved", "partial", "sent", "unknown"  # billed, or maybe so
+DEFERRED, DEFERRED_BATCH = "deferred", "batch"  # a job in a batch at the server, and that batch
 FAILED, REFUSED, REDO, LEFT = "failed", "refused", "redo", "left"
-PAID_STATES = (SAVED, PARTIAL, SENT, UNKNOWN)
+PAID_STATES = (SAVED, PARTIAL, SENT, UNKNOWN, DEFERRED)
 JOURNAL_NAME = re.compile(r"results(-\d+-of-\d+)?\.jsonl")
 OWN_NAMES = re.compile(r"results(-\d+-of-\d+)?\.(jsonl|lock)|index\.html", re.I)
 
@@ -5278,6 +5287,7 @@ class Batch:
             "file_line": self.jobs.rows[plan.row][0],
             "identity": plan.identity,
             "line": plan.line,
+            "output": plan.output,
             "estimate": plan.estimate,
             "sandbox": self.settings.sandbox,
         }
@@ -5309,6 +5319,7 @@ class Batch:
                     return plan
                 if not self.in_flight:
                     self.stopping = f"--max-cost {self.args.max_cost:g} is reached"
+                    return None
             time.sleep(0.2)
 
     def affordable(self, plan: Plan) -> bool:
@@ -5737,7 +5748,8 @@ def run_workers(batch: Batch) -> None:
 
 def count_states(batch: Batch) -> dict[str, int]:
     """Return how many jobs are in each state; `skipped` ones were saved by an earlier run."""
-    totals = dict.fromkeys((SAVED, "skipped", PARTIAL, FAILED, REFUSED, UNKNOWN, LEFT), 0)
+    names = (SAVED, "skipped", PARTIAL, FAILED, REFUSED, UNKNOWN, DEFERRED, LEFT)
+    totals = dict.fromkeys(names, 0)
     for state in list(batch.states.values()):
         totals[UNKNOWN if state == SENT else state] += 1
     return totals
@@ -5766,6 +5778,8 @@ def batch_failure(batch: Batch, totals: dict[str, int]) -> Failure | None:
 
 def batch_hint(totals: dict[str, int]) -> str:
     """Return the way on from a batch that is not all saved."""
+    if totals[DEFERRED]:
+        return "--deferred tells how far the deferred ones are, and fetches them"
     if totals[FAILED] or totals[LEFT]:
         return "run the same command again to go on"
     if totals[UNKNOWN] or totals[PARTIAL]:
@@ -5820,6 +5834,400 @@ def show_batch(batch: Batch) -> int:
     console.emit(f"{plural(len(batch.plans), 'job')}: {words}; would save in {batch.folder}")
     console.emit(f"estimate: {cost or 'no price is known here'}")
     return EXIT_OK
+
+
+################################################################################
+# Deferred
+################################################################################
+# The jobs of a batch through OpenAI's Batch API (SDK 3.52.0: batch_create_params.py, batch.py):
+# one file of requests, one batch an endpoint, half the price, within 24 hours. What is asked of the
+# server is in the journal before and after each step, so that a kill leads to no second batch.
+
+MAX_DEFERRED_REQUESTS = 50_000
+MAX_DEFERRED_BYTES = 200 * 1000 * 1000
+DEFERRED_PRICE = 0.5  # OpenAI's pricing page, 2026-11-21
+FIRST_POLL, LAST_POLL = 10.0, 300.0  # seconds between looks with --wait
+ENDED_STATUSES = ("completed", "failed", "expired", "cancelled")
+
+
+class Deferred(NamedTuple):
+    """One batch at the server, as the journal says; `step` is the last that was begun."""
+
+    key: str  # ours: in its metadata, and the name of its folder
+    step: str  # uploading, uploaded, creating, created or ended
+    endpoint: str  # generations or edits
+    file_id: str = ""
+    batch_id: str = ""
+
+
+def read_deferred(paths: Iterable[str]) -> list[Deferred]:
+    """Return the batches that the journals know and that have not come to their end."""
+    found: dict[str, Deferred] = {}
+    for path in paths:
+        for _, value in read_lines(path):
+            if value.get("state") == DEFERRED_BATCH:
+                texts = (part(value, name, str) for name in Deferred._fields)
+                found[part(value, "key", str)] = Deferred(*texts)
+    return [deferred for deferred in found.values() if deferred.step != "ended"]
+
+
+def note_deferred(deferred: Deferred, batch: Batch) -> Deferred:
+    """Put a step on record."""
+    batch.journal.add({"state": DEFERRED_BATCH, **deferred._asdict()})
+    return deferred
+
+
+def run_deferred(batch: Batch) -> list[dict[str, Any]]:
+    """Submit what is to be sent, or see how far it is; return the batches that still run."""
+    pending = read_deferred(journals_in(batch.folder))
+    if not pending:
+        pending = submit_deferred([plan for plan in batch.plans if plan.send], batch)
+    elif any(plan.send for plan in batch.plans):
+        batch.console.say("jobs that are in no batch yet are sent once these have ended")
+    pending = [create_deferred(deferred, batch) for deferred in pending]
+    if batch.args.cancel:
+        for deferred in pending:
+            ask_api(f"batches/{deferred.batch_id}/cancel", batch, [b"request = POST\n"])
+    return follow_deferred(pending, batch)
+
+
+def check_deferred(batch: Batch) -> None:
+    """Refuse, before anything changes, a server without /batches and a price over --max-cost."""
+    ask_api("batches?limit=1", batch)
+    price = sum(plan.estimate for plan in batch.plans if plan.send)
+    limit = batch.args.max_cost
+    if limit is not None and price and batch.spent + price > limit:
+        currency = batch.settings.provider.currency
+        whole = Cost(batch.spent + price, currency, True)
+        raise Failure(f"these jobs come to {whole}, over --max-cost {limit:g}")
+
+
+def submit_deferred(plans: list[Plan], batch: Batch) -> list[Deferred]:
+    """Write the requests of each endpoint into a file and put the batch on record."""
+    found = []
+    for command, endpoint in (("generate", "generations"), ("edit", "edits")):
+        chosen = [plan for plan in plans if plan.label.startswith(command)]
+        if chosen:
+            found.append((Deferred(os.urandom(8).hex(), "uploading", endpoint), chosen))
+    for deferred, chosen in found:
+        write_requests(deferred, chosen, batch)
+    for deferred, chosen in found:
+        note_deferred(deferred, batch)
+        for plan in chosen:
+            keeper = JobKeeper(batch, batch.entry(plan))
+            batch.task(plan, keeper, batch.console)  # fills in what the journal says of a job
+            batch.journal.add({"state": DEFERRED, **keeper.entry, "job_id": deferred.key})
+    return [deferred for deferred, _ in found]
+
+
+def deferred_folder(key: str) -> str:
+    """Return where the requests and answers of a batch are kept."""
+    return os.path.join(state_root(), "deferred", key)
+
+
+def write_requests(deferred: Deferred, plans: list[Plan], batch: Batch) -> None:
+    """Write the file of requests. Raises Failure (exit 2) where it is more than the API takes."""
+    folder = deferred_folder(deferred.key)
+    path = os.path.join(folder, "requests.jsonl")
+    if len(plans) > MAX_DEFERRED_REQUESTS:
+        most = f"{len(plans)} requests are over the API's {MAX_DEFERRED_REQUESTS}"
+        raise Failure(most, hint="--shard I/N splits them")
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        private_file(path)
+        with open(path, "wb") as file:
+            for plan in plans:
+                request, _ = batch.request(plan.row, Console(quiet=True))
+                if request.get("stream"):
+                    raise Failure(f"{plan.name}: a stream can't be deferred")
+                file.write(deferred_line(plan, request))
+                if file.tell() > MAX_DEFERRED_BYTES:
+                    raise Failure("the requests are over the API's 200 MB", hint="use --shard I/N")
+    except (OSError, Failure) as error:
+        remove_folder(folder)
+        if isinstance(error, Failure):
+            raise
+        raise Failure(f"cannot write {path}: {os_reason(error)}", EXIT_REFUSED) from None
+
+
+def deferred_line(plan: Plan, request: Request) -> bytes:
+    """Return one request as a line; input pictures go along as data URLs."""
+    from base64 import b64encode
+
+    body = payload(request)
+    for file in request.files:
+        data = file.data
+        if data is None:
+            with open(file.path, "rb") as opened:
+                data = opened.read()
+        url = f"data:{FORMATS[file.info.format][1]};base64,{b64encode(data).decode('ascii')}"
+        if file.field == "image":
+            body.setdefault("images", []).append({"image_url": url})
+        else:
+            body[file.field] = {"image_url": url}
+    line = {"custom_id": plan.identity, "method": "POST", "body": body}
+    line["url"] = f"/v1/images/{request.endpoint}"
+    return json.dumps(line).encode("ascii") + b"\n"
+
+
+def ask_api(
+    path: str, batch: Batch, lines: Sequence[bytes] = (), line_path: str = ""
+) -> dict[str, Any]:
+    """Return what the server answers to one call that costs nothing by itself.
+
+    Raises Failure as judge() words it; `maybe_billed` tells that its outcome is unknown.
+    """
+    import tempfile
+
+    settings = batch.settings
+    with tempfile.TemporaryDirectory() as folder:
+        body, head = os.path.join(folder, ANSWER), os.path.join(folder, HEADERS)
+        url = f"{settings.base.url}/{path}"
+        config = [*connection_lines(settings, url, settings.base.host), *key_lines(settings)]
+        config += [curl_line("output", body), curl_line("dump-header", head), *lines]
+        line_path = line_path or os.path.join(folder, CURL_LINE)
+        end = run_curl(b"".join(config), line_path, batch.session, Watch(body))
+        if end.signal:
+            raise Interrupted(end.signal)
+        if end.status == 200:
+            with open(body, "rb") as file:
+                values = parse_json(file.read(8 * MEGABYTE).decode("utf-8", "replace"))
+            if values and isinstance(values[0], dict):
+                return values[0]
+        if end.status in (404, 405) and path.startswith("batches?"):
+            raise Failure(f"{settings.base.host} has no /batches", EXIT_REFUSED)
+        verdict = judge(end, read_headers_file(head), read_reply(body), settings)
+    failure = verdict.failure or Failure(f"{path}: the answer can't be read", EXIT_UNKNOWN)
+    failure.message = batch.console.scrub(failure.message)
+    raise failure
+
+
+def find_deferred(key: str, batch: Batch) -> str:
+    """Return the id of the batch that carries our key, or nothing where there is none."""
+    after = ""
+    while True:
+        page = ask_api(f"batches?limit=100{after}", batch)
+        rows = part(page, "data", list)
+        for row in rows:
+            if part(part(row, "metadata", dict), "gpt_image2", str) == key:
+                return part(row, "id", str)  # type: ignore[no-any-return]
+        if not page.get("has_more") or not rows:
+            return ""
+        after = f"&after={part(rows[-1], 'id', str)}"
+
+
+def create_deferred(deferred: Deferred, batch: Batch) -> Deferred:
+    """Bring a batch from the step where it stands to `created`; never makes a second one."""
+    folder = deferred_folder(deferred.key)
+    path = os.path.join(folder, "requests.jsonl")
+    if deferred.step == "uploading":  # an upload costs nothing: done anew where it was cut
+        if not os.path.exists(path):
+            return drop_deferred(deferred, "its requests are gone", batch)
+        name = f"filename=gpt-image2-{deferred.key}.jsonl;type=application/jsonl"
+        form = [curl_line("form-string", "purpose=batch")]
+        form.append(curl_line("form", f"file=@{form_file(path)};{name}"))
+        file_id = part(ask_api("files", batch, [b'header = "Expect:"\n', *form]), "id", str)
+        deferred = note_deferred(deferred._replace(step="uploaded", file_id=file_id), batch)
+    if deferred.step == "creating":
+        while line_locked(os.path.join(folder, CURL_LINE)):
+            SIGNALS.pause(0.2)  # the curl of a call that was killed
+        batch_id = find_deferred(deferred.key, batch)
+        if batch_id:
+            deferred = deferred._replace(step="created", batch_id=batch_id)
+            return note_deferred(deferred, batch)
+    if deferred.step in ("uploaded", "creating"):
+        deferred = note_deferred(deferred._replace(step="creating"), batch)
+        document = {
+            "input_file_id": deferred.file_id,
+            "endpoint": f"/v1/images/{deferred.endpoint}",
+            "completion_window": "24h",
+            "metadata": {"gpt_image2": deferred.key},
+        }
+        lines = [b'header = "Content-Type: application/json"\n']
+        lines.append(curl_line("data-binary", json.dumps(document)))
+        try:
+            answer = ask_api("batches", batch, lines, os.path.join(folder, CURL_LINE))
+        except Failure as failure:
+            if not failure.maybe_billed:
+                drop_deferred(deferred, str(failure), batch)
+            raise
+        deferred = deferred._replace(step="created", batch_id=part(answer, "id", str))
+        note_deferred(deferred, batch)
+        batch.console.say(f"Batch: {deferred.batch_id}")
+    return deferred
+
+
+def drop_deferred(deferred: Deferred, why: str, batch: Batch) -> Deferred:
+    """End a batch that the server never had: its jobs are not billed, and may be sent again."""
+    end_rest(deferred_jobs(deferred, batch), why, False, batch)
+    remove_folder(deferred_folder(deferred.key))
+    return note_deferred(deferred._replace(step="ended"), batch)
+
+
+def follow_deferred(pending: list[Deferred], batch: Batch) -> list[dict[str, Any]]:
+    """See how far the batches are, fetch those that have ended, and return how the others are."""
+    delay, said = FIRST_POLL, ""
+    while True:
+        rows = []
+        for deferred in [deferred for deferred in pending if deferred.step == "created"]:
+            document = ask_api(f"batches/{deferred.batch_id}", batch)
+            if part(document, "status", str) in ENDED_STATUSES:
+                fetch_deferred(deferred, document, batch)
+                pending.remove(deferred)
+            else:
+                rows.append(deferred_row(document))
+        text = ", ".join("{id}: {status} {completed}/{total}".format(**row) for row in rows)
+        if text != said:
+            batch.console.say(text)
+        if not rows or not batch.args.wait:
+            return rows
+        said = text
+        SIGNALS.pause(delay)
+        delay = min(1.5 * delay, LAST_POLL)
+
+
+def deferred_row(document: dict[str, Any]) -> dict[str, Any]:
+    """Return what is told of a batch that still runs."""
+    counts = part(document, "request_counts", dict)
+    told = {name: part(document, name, str) for name in ("id", "status", "endpoint")}
+    return {**told, **{name: count(counts, name) for name in ("total", "completed", "failed")}}
+
+
+def fetch_deferred(deferred: Deferred, document: dict[str, Any], batch: Batch) -> None:
+    """Save what a batch brought, job by job, and put an end to it."""
+    due, kept = deferred_jobs(deferred, batch), 0
+    for name in ("output_file_id", "error_file_id"):
+        file_id = part(document, name, str)
+        path = fetch_file(file_id, deferred, name, batch) if file_id else os.devnull
+        for value, skeleton in result_lines(path):
+            entry = due.pop(part(value, "custom_id", str), None)
+            if entry:
+                answer = judge_result(value, skeleton, batch.settings)
+                kept += not end_job(entry, answer, path, batch)
+    status = part(document, "status", str)
+    rows = part(part(document, "errors", dict), "data", list)
+    why = ": ".join([f"the batch is {status}", *(part(row, "message", str) for row in rows[:3])])
+    end_rest(due, why, status == "completed", batch)
+    if kept:
+        batch.console.warn(f"what could not be saved is kept in {deferred_folder(deferred.key)}")
+        return
+    note_deferred(deferred._replace(step="ended"), batch)
+    remove_folder(deferred_folder(deferred.key))
+
+
+def fetch_file(file_id: str, deferred: Deferred, name: str, batch: Batch) -> str:
+    """Return the path of a file from the server, going on where an earlier call was cut."""
+    path = os.path.join(deferred_folder(deferred.key), f"{name}.jsonl")
+    cut, line_path, settings = f"{path}.part", f"{path}.curl", batch.settings
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    for attempt in range(1, MAX_FETCHES + 1):
+        if os.path.exists(path):
+            return path
+        if not os.path.exists(cut):
+            private_file(cut)
+        url = f"{settings.base.url}/files/{file_id}/content"
+        patient = settings._replace(timeout=86400)  # it may be gigabytes; a stall ends it
+        lines = [*connection_lines(patient, url, settings.base.host), *key_lines(settings)]
+        lines += [curl_line("output", cut), b"fail\nspeed-limit = 1\nspeed-time = 60\n"]
+        lines += [b'continue-at = "-"\n'] if file_size(cut) else []
+        end = run_curl(b"".join(lines), line_path, batch.session, Watch(cut))
+        if end.signal:
+            raise Interrupted(end.signal)
+        if end.code == 0 and end.status in (200, 206):
+            os.replace(cut, path)
+        elif end.code == 33 or end.status == 416:
+            remove_file(cut)
+        elif not worth_retrying(end):
+            break
+        else:
+            SIGNALS.pause(retry_delay(attempt, None))
+    if os.path.exists(path):
+        return path
+    why = f"HTTP {end.status}" if end.status >= 300 else f"curl ended with {end.code}"
+    raise Failure(f"file {file_id}: {why}", EXIT_UNSAVED, hint="run the same command again")
+
+
+def result_lines(path: str) -> Iterator[tuple[dict[str, Any], Skeleton]]:
+    """Yield the lines of a result file, their pictures left in it as Spans."""
+    from itertools import chain
+
+    skeleton = Skeleton(lines=True)
+    with open(path, "rb") as file:
+        for window in chain(iter(lambda: file.read(WINDOW), b""), [b"\n"]):
+            skeleton.feed(window)
+            *lines, rest = bytes(skeleton.text).split(b"\n")
+            skeleton.text[:] = rest
+            for line in lines:
+                for value in parse_json(line.decode("utf-8", "replace")):
+                    if isinstance(value, dict):
+                        yield value, skeleton
+
+
+def deferred_jobs(deferred: Deferred, batch: Batch) -> dict[str, Entry]:
+    """Return the jobs of a batch that nothing has come of yet, by identity."""
+    entries = read_journals(journals_in(batch.folder), False)
+    key = deferred.key
+    return {name: e for name, e in entries.items() if e.state == DEFERRED and e.job_id == key}
+
+
+def judge_result(value: dict[str, Any], skeleton: Skeleton, settings: Settings) -> Answer:
+    """Return what one line of a result file says: what failed at the server is not billed."""
+    response, error = part(value, "response", dict), parse_error(value, skeleton)
+    status = count(response, "status_code")
+    reply = reply_from_documents("json", [part(response, "body", dict)], skeleton)
+    end = CurlEnd(0, status)
+    if error or status >= 500 or not status:
+        why = error_text(error or reply.error, f"HTTP {status}")
+        code = error.code if error else ""
+        verdict = Verdict("unsent", Failure(f"{why}; not billed", EXIT_REFUSED, code=code))
+    else:
+        verdict = judge(end, {}, reply, settings)
+    headers = {"x-request-id": part(response, "request_id", str)}
+    return Answer(verdict, reply, end, headers, 1)
+
+
+def end_rest(due: dict[str, Entry], why: str, unknown_too: bool, batch: Batch) -> None:
+    """Put on record that the jobs which a batch still has brought nothing."""
+    for entry in due.values():
+        failure = Failure(why, EXIT_REFUSED)
+        if unknown_too:
+            failure = Failure(f"{why}, without a word on this job", EXIT_UNKNOWN, maybe_billed=True)
+        verdict = Verdict("unknown" if unknown_too else "unsent", failure)
+        end_job(entry, Answer(verdict, Reply("empty"), CurlEnd(0), {}, 1), "", batch)
+
+
+def end_job(entry: Entry, answer: Answer, path: str, batch: Batch) -> bool:
+    """Save what a deferred job brought, as its journal line has it, and put that on record.
+
+    False where there are pictures that could not be saved: they stay in the result file at `path`.
+    """
+    line = line_at(entry.place)
+    fields = {**part(line, "fields", dict), "prompt": part(line, "prompt", str)}
+    command, identity = part(line, "command", str), part(line, "identity", str)
+    endpoint = "edits" if command == "edit" else "generations"
+    request = Request(command, endpoint, tuple(fields.items()))
+    output = part(line, "output", str) or None
+    known = {plan.identity: plan for plan in batch.plans}
+    plan = Plan(-1, entry.id, identity, entry.line, output, command, entry.estimate, entry.number)
+    plan = known.get(identity, plan)._replace(id=entry.id, number=entry.number, output=output)
+    told = {name: value for name, value in line.items() if name not in ("schema", "time", "state")}
+    console, keeper = JobConsole(batch.console, plan.name), JobKeeper(batch, told)
+    session = batch.session._replace(console=console, keeper=keeper)
+    task = Task(request, batch.target(plan, request), batch.settings, session)
+    folder = os.path.join(deferred_folder(entry.job_id), identity)
+    with open(os.devnull, "rb") as nothing:
+        job = Job(folder, nothing, answer=path)
+        outcome = save_answer(Outcome(command, request, answer=answer, job_id=identity), job, task)
+    if outcome.failure and outcome.failure.exit_code == EXIT_UNSAVED:
+        console.error(f"{console.name}: {outcome.failure}")
+        return False
+    keep_record(outcome, task)
+    keeper.tell(outcome, identity)
+    batch.in_flight[plan.row] = 0.0
+    batch.finish(plan, outcome, console)
+    if plan.row < 0:  # its line is no longer in the jobs file
+        del batch.states[plan.row], batch.codes[plan.row]
+    return True
 
 
 ################################################################################
@@ -6277,7 +6685,13 @@ def command_batch(args: Args, session: Session) -> int:
     started = time.monotonic()
     if len(args.words) != 1:
         raise Failure("batch takes one jobs file, or - for standard input")
+    if (args.wait or args.cancel) and not args.deferred:
+        raise Failure("--wait and --cancel are for --deferred")
+    if args.deferred and args.sandbox:
+        raise Failure("the sandbox has no Batch API; leave out --deferred")
     settings = resolve_settings(args, session.console)
+    if args.deferred:
+        settings = settings._replace(discount=DEFERRED_PRICE)
     batch = Batch(args, settings, session, read_jobs_file(args.words[0]))
     if args.dry_run:
         plan_batch(batch)
@@ -6286,6 +6700,8 @@ def command_batch(args: Args, session: Session) -> int:
     lock = lock_batch(batch) if os.path.isdir(batch.folder) else None
     entries = plan_batch(batch)
     find_curl()
+    if args.deferred:
+        check_deferred(batch)
     check_folder(batch.folder)
     if not lock:
         os.makedirs(batch.folder, exist_ok=True)
@@ -6293,7 +6709,12 @@ def command_batch(args: Args, session: Session) -> int:
         if os.path.exists(batch.journal.path):
             raise Failure("another run of this batch has just begun", hint="wait for it to end")
     begin_batch(batch, entries)
-    run_workers(batch)
+    rows = run_deferred(batch) if args.deferred else []
+    if not args.deferred:
+        run_workers(batch)
+    if rows:
+        more = {"deferred": rows, "folder": batch.folder, "journal": batch.journal.path}
+        return emit_document("batch", more, session.console)
     journals = [batch.journal.path, *journals_in(batch.folder)]
     if changed_at(os.path.join(batch.folder, GALLERY)) <= max(map(changed_at, journals)):
         write_gallery(batch)
@@ -6315,7 +6736,7 @@ def plan_batch(batch: Batch) -> dict[str, Entry]:
         state = plan.entry.state if plan.entry else LEFT
         batch.states[plan.row] = LEFT if plan.send else "skipped" if state == SAVED else state
         batch.codes[plan.row] = plan.entry.exit_code if plan.entry and not plan.send else 0
-    billed = [entry for entry in entries.values() if entry.state in (SENT, UNKNOWN)]
+    billed = [entry for entry in entries.values() if entry.state in (SENT, UNKNOWN, DEFERRED)]
     batch.spent = sum(entry.spent for entry in entries.values())
     batch.spent += sum(entry.estimate for entry in billed)
     return entries
@@ -6603,6 +7024,7 @@ def command_history(args: Args, session: Session) -> int:
             entry.get("quality") or "-",
         ]
         price = str(Cost(**cost)) if cost else "-"
+        price += " batch" if entry.get("price") == "batch" else ""
         prompt = printable(str(entry.get("prompt")), 40)
         line = f"{'  '.join(map(str, words))}  {len(entry['paths'])}  {price}  {prompt}"
         console.emit(UNPRINTABLE.sub(" ", line))
@@ -6926,6 +7348,8 @@ go on after a stop, or after lines were added:
   batch jobs.jsonl --max-cost 5
 part 2 of 4, each on its own machine:
   batch jobs.jsonl --shard 2/4
+at half the price, within a day; the same again fetches the pictures:
+  batch jobs.jsonl --deferred
 """,
     "recover": """
 see what is there:
@@ -7091,6 +7515,9 @@ OPTIONS = """
 --fail-fast    |           | b    | batch      | begin no more jobs after the first that fails
 --shard        | I/N       | b    | batch      | only every N-th job, from the I-th
 --redo         | WHICH     | b    | batch      | do again: failed unknown changed all, or ID,...
+--deferred     |           | b    | batch      | by OpenAI's Batch API: half price, within 24 h
+--wait         |           | b    | batch      | with --deferred: wait until it has ended
+--cancel       |           | b    | batch      | with --deferred: stop what has not been made
 --param        | KEY=VALUE | geb  | image      | any other API field; dots nest; VALUE may be JSON
 --nearest-size |           | gebz | image      | take the nearest legal size for one that is not
 --prompt       | TEXT      | ge   | image      | the prompt, where it is not the argument
