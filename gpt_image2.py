@@ -2281,6 +2281,8 @@ def try_lock(path: str) -> IO[bytes] | None:
         try:
             os.replace(path, f"{path}.free")
             os.replace(f"{path}.free", path)
+        except FileNotFoundError:
+            pass  # nobody has made it yet, or somebody was killed between the two
         except OSError:
             return None
         return open(path, "ab")
@@ -2765,11 +2767,12 @@ def find_curl() -> str:
 
     system = os.path.join(os.environ.get("SYSTEMROOT", ""), "System32", "curl.exe")
     places = filter(os.path.isabs, os.environ.get("PATH", os.defpath).split(os.pathsep))
-    path = which("curl", path=os.pathsep.join(places))
-    path = system if os.name == "nt" and os.path.isfile(system) else path
-    if not path:
+    path = which("curl", path=os.pathsep.join(places)) or ""
+    if os.name == "nt" and os.path.isabs(system) and os.path.isfile(system):
+        path = system
+    if not os.path.isabs(path):  # Windows looks into the current folder first
         raise Failure("curl is not installed", EXIT_CONFIG, code="curl_missing", hint="install it")
-    return os.path.abspath(path)
+    return path
 
 
 def curl_environment(secrets: Sequence[str]) -> dict[str, str]:
@@ -2833,6 +2836,7 @@ def start_curl(
             stderr=subprocess.PIPE,
             env=curl_environment(secrets),
             start_new_session=True,  # Ctrl-C in the terminal is for us alone
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # and on Windows
         )
     if line_file:
         line_file.close()
@@ -4728,6 +4732,7 @@ LINE_KEYS = (
 )
 FIELD_KEYS = {key: field for field in FIELDS for key in (field.dest, field.name)}
 MAX_LINE_BYTES = MEGABYTE
+WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.I)
 
 
 class JobsFile:
@@ -4916,7 +4921,7 @@ def line_id(line: dict[str, Any]) -> str:
     value = line.get("id")
     text = "" if value is None else str(value)
     fits = re.fullmatch(r"[^\s./\\:*?\"<>|]([^/\\:*?\"<>|]{0,98}[^\s./\\:*?\"<>|])?", text)
-    if text and not (fits and type(value) in (str, int)):
+    if (text and not (fits and type(value) in (str, int))) or WINDOWS_DEVICES.match(text):
         raise Failure(f"id {value!a:.80} can't name a file")
     check_path(text)
     return text
@@ -6346,7 +6351,10 @@ def relative_link(path: str, folder: str) -> str:
     from urllib.parse import quote
 
     inside = os.path.dirname(path) == folder
-    where = os.path.basename(path) if inside else os.path.relpath(path or folder, folder)
+    try:
+        where = os.path.basename(path) if inside else os.path.relpath(path or folder, folder)
+    except ValueError:  # another drive
+        return "file:///" + quote(path.replace(os.sep, "/"))
     return quote(where.replace(os.sep, "/").encode("utf-8", "surrogateescape"))
 
 

@@ -35,6 +35,7 @@ FIRST_COMMAND = 'python3 gpt_image2.py generate "a cat on a windowsill" --sandbo
 
 # Lines that are parsed by the real parser, but not run: a pattern, and why.
 NOT_RUN = {
+    r" --deferred": "it needs a server with a Batch API; test_deferred runs these calls",
     r" config --check$": "it asks the server of the settings, and tests touch no network",
     r" sandbox --port ": "it serves until it is stopped",
     r" size=512x512$": "local engines take it; the sandbox refuses it, as the API does",
