@@ -5803,7 +5803,8 @@ def report_batch(batch: Batch, seconds: float) -> int:
         files = {"folder": batch.folder, "journal": batch.journal.path}
         files["gallery"] = os.path.join(batch.folder, GALLERY)
         console.document({**document, "summary": summary, **files, "elapsed_s": round(seconds, 2)})
-    cells = {**{name: str(number) for name, number in totals.items()}, "cost": str(cost or "-")}
+    shown = {name: str(n) for name, n in totals.items() if n or name != DEFERRED}
+    cells = {**shown, "cost": str(cost or "-")}
     for row in (cells, cells.values()):
         widths = (max(len(name), len(cell)) + 2 for name, cell in cells.items())
         console.say("".join(f"{cell:>{width}}" for cell, width in zip(row, widths)))

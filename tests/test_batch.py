@@ -284,7 +284,9 @@ class Said(BatchCase):
         self.assertAlmostEqual(cost["amount"], 3 * PICTURE_COST)
         self.assertEqual(cost["currency"], "USD")
         counts = {"saved": 3, "skipped": 0, "partial": 0, "failed": 0, "refused": 1}
-        self.assertEqual(total["summary"], {"jobs": 4, **counts, "unknown": 0, "left": 0})
+        self.assertEqual(
+            total["summary"], {"jobs": 4, **counts, "unknown": 0, "deferred": 0, "left": 0}
+        )
         self.assertEqual(total["folder"], str(self.folder))
         self.assertEqual(total["journal"], f"{self.folder}/results.jsonl")
         self.assertEqual(total["gallery"], f"{self.folder}/index.html")
