@@ -5151,6 +5151,7 @@ class Plan(NamedTuple):
     estimate: float
     number: int = 0  # it names the pictures, unless there is an id
     entry: Entry | None = None  # the journal's last word on it
+    changed: Entry | None = None  # on the same line, when the options were others
     look: bool = False  # for an answer in the job folder of an earlier run
     send: bool = False  # where no answer is found
 
@@ -5545,46 +5546,62 @@ def match_plans(
     Raises Failure (exit 2) where a change of options would pay again for what is there.
     """
     shard, shards = batch.args.shard or (1, 1)
+    pending = any(entry.redo for entry in entries.values())
+    numbered = list(number_plans(plans, entries, claimed))
+    check_names(numbered, batch)
+    own = [plan for plan in numbered if plan.row % shards == shard - 1]
+    own = [decide(plan, pending, batch.args.redo) for plan in own]
+    check_redo(batch.args.redo, own)
+    check_foreign(own, {entry.id for entry in entries.values()}, batch)
+    differing = [
+        plan for plan in own if plan.changed and plan.changed.state in PAID_STATES and not plan.send
+    ]
+    if differing:
+        raise differing_failure(differing, batch)
+    return own
+
+
+def number_plans(plans: list[Plan], entries: dict[str, Entry], claimed: set[int]) -> Iterator[Plan]:
+    """Yield the jobs with their entries and numbers: those of before, else their place in the
+    file, else a free one."""
     current = {plan.identity for plan in plans}
     gone = {entry.line: entry for key, entry in entries.items() if key not in current}
     kept = [e for key, e in entries.items() if key in current or e.state in PAID_STATES]
     taken = claimed | {entry.number for entry in kept}
     free = max([len(plans), *taken])
-    pending = any(entry.redo for entry in entries.values())
-    known = {entry.id for entry in entries.values()}
-    stems = {os.path.splitext(name)[0] for name in list_folder(batch.folder)}
-    found, differing = [], []
-    names: dict[str, int] = {}
     for plan in plans:
         entry, number = entries.get(plan.identity), plan.row + 1
         changed = None if entry else gone.get(plan.line)
-        if entry or changed:
-            number = (entry or changed).number  # type: ignore[union-attr]
+        before = entry or changed
+        if before:
+            number = before.number
         elif number in taken:
             free = number = free + 1
-        first = names.setdefault(plan._replace(number=number).name, plan.row)
+        yield plan._replace(number=number, entry=entry, changed=changed)
+
+
+def check_names(plans: Iterable[Plan], batch: Batch) -> None:
+    """Refuse a line whose id is the number of another."""
+    names: dict[str, int] = {}
+    for plan in plans:
+        first = names.setdefault(plan.name, plan.row)
         if first != plan.row:
             lines = [batch.jobs.rows[row][0] for row in (plan.row, first)]
             raise Failure("line {}: line {} is saved under this name already".format(*lines))
-        if plan.row % shards == shard - 1:
-            plan = decide(
-                plan._replace(number=number, entry=entry), changed, pending, batch.args.redo
-            )
-            found.append(plan)
-            foreign = plan.name not in known and not (plan.output or entry or batch.args.force)
-            if foreign and stems & {batch.stem_of(plan), f"{batch.stem_of(plan)}-1"}:
-                hint = "pass --force to replace it, or another --output-dir"
-                name = batch.stem_of(plan)
-                raise Failure(f"{name} is in {batch.folder} and no journal knows it", hint=hint)
-            if changed and changed.state in PAID_STATES and not found[-1].send:
-                differing.append((found[-1], changed))
-    if differing:
-        raise differing_failure(differing, batch)
-    check_redo(batch.args.redo, found)
-    return found
 
 
-def decide(plan: Plan, changed: Entry | None, pending: bool, redo: str | None) -> Plan:
+def check_foreign(plans: list[Plan], known: set[str], batch: Batch) -> None:
+    """Refuse a name that a file has which is not from this batch, unless --force is given."""
+    there = {os.path.splitext(name)[0] for name in list_folder(batch.folder)}
+    for plan in plans:
+        stem = batch.stem_of(plan)
+        ours = plan.output or plan.entry or plan.name in known or batch.args.force
+        if not ours and there & {stem, f"{stem}-1"}:
+            hint = "pass --force to replace it, or another --output-dir"
+            raise Failure(f"{stem} is in {batch.folder} and no journal knows it", hint=hint)
+
+
+def decide(plan: Plan, pending: bool, redo: str | None) -> Plan:
     """Return a plan with what is to be done: nothing, look for an answer, send, or look and send.
 
     A --redo that was cut short is finished before another one begins (`pending`).
@@ -5594,27 +5611,24 @@ def decide(plan: Plan, changed: Entry | None, pending: bool, redo: str | None) -
     again = named and bool(not pending or (plan.entry and plan.entry.redo))
     again = again or (redo == "failed" and state == REFUSED)
     again = again or (redo == "unknown" and state in (PARTIAL, SENT, UNKNOWN))
-    if changed and changed.state in PAID_STATES:
+    if plan.changed and plan.changed.state in PAID_STATES:
         return plan._replace(send=redo == "changed" or again)
     return plan._replace(send=again or state in ("", FAILED), look=state in (SENT, UNKNOWN))
 
 
-def differing_failure(differing: list[tuple[Plan, Entry]], batch: Batch) -> Failure:
+def differing_failure(plans: list[Plan], batch: Batch) -> Failure:
     """Return the refusal to pay again for lines that are the same with options that aren't."""
-    plan, entry = differing[0]
-    request, _ = batch.request(plan.row, Console(quiet=True))
-    before: Any = line_at(entry.place).get("fields")
-    what = "an input picture or the endpoint"
-    for name, value in request.fields:
-        if isinstance(before, dict) and name != "prompt" and before.get(name) != value:
-            what = f"{name} {before.get(name, 'unset')} -> {value}"
-            break
-    else:
-        lost = [name for name in before if request.get(name) is None] if before else []
-        what = f"{lost[0]} {before[lost[0]]} -> unset" if lost else what
-    all_saved = all(changed.state == SAVED for _, changed in differing)
-    jobs = plural(len(differing), "saved job" if all_saved else "saved or maybe billed job")
-    verb = "differs" if len(differing) == 1 else "differ"
+    request, _ = batch.request(plans[0].row, Console(quiet=True))
+    entries = [plan.changed for plan in plans if plan.changed]
+    before = part(line_at(entries[0].place), "fields", dict)
+    now = {name: value for name, value in request.fields if name != "prompt"}
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    what = "an input picture"
+    if names:
+        what = f"{names[0]} {before.get(names[0], 'unset')} -> {now.get(names[0], 'unset')}"
+    saved = "saved" if all(entry.state == SAVED for entry in entries) else "saved or maybe billed"
+    jobs = plural(len(plans), f"{saved} job")
+    verb = "differs" if len(plans) == 1 else "differ"
     return Failure(f"{jobs} {verb} ({what})", hint="--redo changed pays for them again")
 
 
