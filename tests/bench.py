@@ -194,9 +194,11 @@ class Lab:
             process.communicate()
 
     def run(self, command: Command) -> Run:
-        """Run a command and check what it saved; out/ is empty before."""
+        """Run a command and check what it saved; out/ is empty before, and answer.json gone."""
         shutil.rmtree(self.out)
         self.out.mkdir()
+        (self.work / "answer.json").write_bytes(b"")
+        (self.work / "answer.json").unlink()  # no run pays for giving up another's pages
         os.sync()  # what other runs have written is not this one's to wait for
         assert self.spawner.stdin
         self.spawner.stdin.write("\0".join(command.argv) + "\n")
