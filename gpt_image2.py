@@ -212,24 +212,24 @@ FIELDS = tuple(
     Field(*row)
     for row in table_rows("""
 model              | -m --model          | NAME     | ge | default gpt-image-2
-size               | -s --size           | SIZE     | ge | auto, 1536x1024, 2K, 16:9@4K, story@2K
-quality            | --quality | auto low medium high xhigh max | ge | low drafts, high finals
-n                  | -n --n              | 1..10    | ge | how many pictures
+size | -s --size | SIZE | ge | 1536x1024 2K 16:9@4K story@2K; default: server's
+quality | --quality | auto low medium high xhigh max | ge | low for drafts; default: server's
+n                  | -n --n              | 1..10    | ge | how many pictures (default 1)
 output_format      | -f --format  | png jpeg webp gif svg | ge | default: what the -o suffix says
-output_compression | --compression       | 0..100   | ge | of jpeg and webp
-background         | --background | auto opaque transparent | ge | transparent: png or webp
-moderation         | --moderation        | auto low | ge | how strict the content policy is
-complexity         | --complexity        | low medium high | ge | 2.6 only
-frame_count        | --frame-count       | 2..16    | ge | gif only
-frame_duration_ms  | --frame-duration-ms | 1..655350 | ge | gif only
+output_compression | --compression | 0..100 | ge | quality of a jpeg or webp file (default 100)
+background|--background|auto opaque transparent|ge|transparent needs png or webp (default auto)
+moderation | --moderation | auto low | ge | how strict the content policy is (default auto)
+complexity | --complexity | low medium high | ge | how much is in the picture; 2.6 only
+frame_count        | --frame-count       | 2..16    | ge | pictures in a gif
+frame_duration_ms  | --frame-duration-ms | 1..655350 | ge | how long each is shown in a gif
 svg.model          | --svg-model         | NAME     | ge | the model that writes the svg
 svg.reasoning.effort|--svg-effort|none minimal low medium high xhigh max|ge|how long it may think
 safety_identifier  | --safety-identifier | ID       | ge | a stable id of your end user
 user               | --user              | ID       | ge | the older name of --safety-identifier
-response_format    | --response-format   | url b64_json | ge | for relays
+response_format    | --response-format   | url b64_json | ge | how relays shall send the picture
 stream             | --stream            |          | ge | answer as events: keeps the line busy
 partial_images     | --partial-images    | 0..3     | ge | save previews too; implies --stream
-input_fidelity     | --input-fidelity    | low high | e  | 1.5 and 1-mini only
+input_fidelity | --input-fidelity | low high | e | how much of the input stays; 1.5 and 1-mini
 """)
 )
 
@@ -587,15 +587,15 @@ def line_bytes(text: str) -> bytes:
 
 def secret_forms(secret: str) -> list[str]:
     """Return the spellings in which a server may echo a secret: raw, URL-encoded, base64."""
-    from base64 import b64encode
-    from urllib.parse import quote
+    from binascii import b2a_base64
 
     raw = secret.encode("utf-8", "surrogateescape")
-    coded = quote(raw, safe="")
+    # By hand, as every start comes by here and urllib.parse takes 2 ms.
+    coded = re.sub(rb"[^\w.~-]", lambda match: b"%%%02X" % match[0][0], raw).decode("ascii")
     forms = [secret, coded, re.sub("%..", lambda match: match[0].lower(), coded)]
     for lead in range(3):  # inside a longer text it may begin at any of three bit positions
         tail = -(lead + len(raw)) % 3
-        text = b64encode(bytes(lead) + raw + bytes(tail)).decode("ascii")
+        text = b2a_base64(bytes(lead) + raw + bytes(tail), newline=False).decode("ascii")
         forms.append(text[(0, 2, 3)[lead] : len(text) - (0, 2, 3)[tail]])
     return sorted(set(forms), key=len, reverse=True)
 
@@ -1147,7 +1147,9 @@ def read_command(value: Any) -> list[str]:
     """Return the words of a command, which is run without a shell."""
     from shlex import split
 
-    words = split(value) if isinstance(value, str) else value
+    windows = os.name == "nt"  # where a backslash is part of a path
+    words = split(value, posix=not windows) if isinstance(value, str) else value
+    words = [word.strip('"') for word in words] if windows and isinstance(value, str) else words
     if not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
         raise ValueError("it is neither a command line nor a list of words")
     return words
@@ -2836,7 +2838,8 @@ def start_curl(
             stderr=subprocess.PIPE,
             env=curl_environment(secrets),
             start_new_session=True,  # Ctrl-C in the terminal is for us alone
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # and on Windows
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # and on Windows
+            | getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
     if line_file:
         line_file.close()
@@ -2851,7 +2854,9 @@ def wait_for_curl(process: Any, session: Session, watch: Watch, limit: float) ->
     import subprocess
 
     progress = Progress(session.console, watch.usual)
-    tick = min(progress.interval, watch.tick, 30.0 if SIGNALS.in_main else 1.0)
+    # Only the main thread of a POSIX system is woken by a signal.
+    woken = SIGNALS.in_main and os.name == "posix"
+    tick = min(progress.interval, watch.tick, 30.0 if woken else 1.0)
     try:
         while True:
             try:
@@ -4560,6 +4565,10 @@ def let_go(job: Job, outcome: Outcome, task: Task) -> Outcome:
 def recover_command(job_id: str) -> str:
     """Return the command line that brings out a job's pictures, runnable as it stands."""
     words = [sys.executable or "python3", os.path.abspath(__file__), "recover", job_id]
+    if os.name == "nt":
+        from subprocess import list2cmdline
+
+        return list2cmdline(words)
     return " ".join(quoted(word) for word in words)
 
 
@@ -7343,12 +7352,20 @@ COMMANDS: dict[str, tuple[str, Callable[[Args, Session], int], str, str]] = {
     "completion": ("l", command_completion, "bash|zsh|fish", "completions for your shell"),
 }
 
+# What the positional words of a command may be.
+WORDS = {
+    "generate": "PROMPT may be - for standard input.",
+    "edit": "IMAGE is a png, jpeg or webp file.",
+    "batch": "JOBS is JSONL, a JSON array, or\na text with a prompt a line; - is standard input.",
+    "recover": "ID is as recover lists it.",
+    "sizes": "SPELLING is as -s takes it.",
+}
 EXAMPLES = {
     "generate": """
 try it without a key:
   generate "a cat on a windowsill" --sandbox
 a poster at 4K, under a name of your own:
-  generate "a jazz festival poster" -s portrait@4K --quality high -o poster.png
+  generate "a jazz festival poster" -s portrait@4K -o poster.png
 four drafts in a folder:
   generate "a logo for a bakery" --n 4 --quality low -o drafts/
 the prompt from a file, and what it would send and cost:
@@ -7360,7 +7377,7 @@ change one picture:
 change only a box of it (x, y, width, height in pixels):
   edit room.png "a red armchair" --mask-box 100,200,400,300
 blend several:
-  edit fruit/*.png "one basket with all of these" -s 16:9 -o basket.png
+  edit fruit/*.png "a basket of all these" -s 16:9 -o basket.png
 """,
     "batch": """
 a prompt a line, into the folder prompts/:
@@ -7399,8 +7416,10 @@ see whether everything works, without spending:
   config --check
 """,
     "completion": """
-in ~/.bashrc or ~/.zshrc (for zsh after compinit):
+in ~/.bashrc:
   eval "$(gpt-image2 completion bash)"
+in ~/.zshrc, after compinit:
+  eval "$(gpt-image2 completion zsh)"
 for fish:
   completion fish > ~/.config/fish/completions/gpt-image2.fish
 """,
@@ -7478,8 +7497,8 @@ def make_parser(command: str) -> Any:
     return Parser(
         prog=f"{PROGRAM} {command}",
         usage=f"{PROGRAM} {command} {usage}",
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog="examples:" + EXAMPLES[command],
+        description=f"{summary[0].upper()}{summary[1:]}. {WORDS.get(command, '')}".rstrip(),
+        epilog="examples:" + re.sub(f"(?m)^  (?={command})", f"  {PROGRAM} ", EXAMPLES[command]),
         formatter_class=Formatter,
         allow_abbrev=False,
         add_help=False,  # its title differs between versions; run() prints the help
@@ -7533,8 +7552,8 @@ def split_words(argv: Sequence[str], parser: Any) -> tuple[list[str], list[str]]
 # The other options: names, kind (empty: a switch), commands by their letters, group, help.
 OPTIONS = """
 --concurrency  | 1..100    | b    | batch      | how many jobs at once (default 4)
---rpm          | 1..100000 | b    | batch      | at most so many requests a minute
---max-cost     | AMOUNT    | b    | batch      | begin no job that could pass it, in USD or credits
+--rpm          | 1..100000 | b    | batch      | at most so many requests a minute (default: any)
+--max-cost     | AMOUNT    | b    | batch      | begin no job that could pass it (USD or credits)
 --fail-fast    |           | b    | batch      | begin no more jobs after the first that fails
 --shard        | I/N       | b    | batch      | only every N-th job, from the I-th
 --redo         | WHICH     | b    | batch      | do again: failed unknown changed all, or ID,...
@@ -7543,13 +7562,13 @@ OPTIONS = """
 --cancel       |           | b    | batch      | with --deferred: stop what has not been made
 --param        | KEY=VALUE | geb  | image      | any other API field; dots nest; VALUE may be JSON
 --nearest-size |           | gebz | image      | take the nearest legal size for one that is not
---prompt       | TEXT      | ge   | image      | the prompt, where it is not the argument
---prompt-file  | FILE      | ge   | image      | the prompt from a file; - is standard input
+--prompt       | TEXT      | ge   | prompt     | the prompt, where it is not the argument
+--prompt-file  | FILE      | ge   | prompt     | the prompt from a file; - is standard input
 --image --input-image | FILE | e  | pictures   | one more picture (repeatable)
 --mask         | FILE      | e    | pictures   | PNG, transparent where the first picture may change
 --mask-box     | X,Y,W,H   | e    | pictures   | draw that mask: a box in the first picture
 --markup       | FILE      | e    | pictures   | transparent PNG with marks on it (2.5 and 2.6)
---image-field  | auto image image[] | e | pictures | the form field of the pictures
+--image-field  | auto image image[] | e | pictures | the form field of the pictures (default auto)
 -o --output    | PATH      | ger  | output     | a file, a folder (or FOLDER/), or - for stdout
 --output-dir   | DIR       | ger  | output     | folder for generated names (default: current)
 --output-dir   | DIR       | b    | output     | folder for all (default: JOBS without its suffix)
@@ -7563,24 +7582,24 @@ OPTIONS = """
 --no-wait      |           | r    | jobs       | don't wait for a request that is under way
 --clean        |           | r    | jobs       | remove old ones
 --older-than   | AGE       | r    | jobs       | with --clean: how old (default 7d)
---since        | AGE       | h    | history    | only what is younger: 7d, 12h
---limit        | 1..999999 | h    | history    | only the newest N
+--since        | AGE       | h    | history    | only what is younger: 7d, 12h (default: all)
+--limit        | 1..999999 | h    | history    | only the newest N (default: all)
 --clear        |           | h    | history    | empty it
 --init         |           | c    | config     | write a config, or add a --profile by name
 --show         |           | c    | config     | each setting, where it came from and what it hides
 --check        |           | c    | config     | try curl, key and server; spends nothing
 --api-key-env  | NAME      | c    | config     | with --init: the variable that holds the key
 --port         | 0..65535  | x    | sandbox    | the port (default: a free one)
---config       | FILE      | gebrcxh | connection | the config file
+--config | FILE | gebrcxh | connection | the config file (config --show names the default)
 --profile      | NAME      | gebrcxh | connection | the profile in it
---provider | openai openai-hk nodekey azure generic | gebrcx | connection | whose rules hold
---base-url     | URL       | gebrc | connection | the server, up to and with /v1
+--provider|openai openai-hk nodekey azure generic|gebrcx|connection|whose rules (default: by host)
+--base-url     | URL       | gebrc | connection | the server, up to and with /v1 (default: OpenAI)
 --api-key      | KEY       | gebrc | connection | the key; anyone can see it in ps
 --timeout      | SECONDS   | gebrc | connection | for the whole answer (default 600)
 --connect-timeout | SECONDS | gebrc | connection | for the connection (default 20)
 --retries      | 0..20     | geb  | connection | of what was surely not served (default 2)
 --retry-unsafe |           | geb  | connection | resend after an unknown outcome; may pay twice
---image-field  | auto image image[] | b | connection | the form field of the pictures
+--image-field  | auto image image[] | b | connection | the form field of the pictures (default auto)
 --allow-http   |           | gebrc | connection | allow a key over plain http
 --allow-private |          | gebr | connection | fetch pictures from private addresses too
 --new          |           | ge   | connection | send anew even if the same request is under way
@@ -7603,16 +7622,20 @@ READERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def option_rows(command: str) -> Iterator[tuple[str, list[str], str, str, str]]:
-    """Yield (group, names, kind, dest, help) of every option of a command."""
+def option_rows(command: str) -> list[tuple[str, list[str], str, str, str]]:
+    """Return (group, names, kind, dest, help) of every option of a command, its own group first."""
     letter = LETTERS[command]
-    for field in FIELDS:
-        if letter in field.endpoints or letter == "b":
-            yield "image", field.option.split(), field.kind, field.dest, field.help
+    rows = [
+        ("image", field.option.split(), field.kind, field.dest, field.help)
+        for field in FIELDS
+        if letter in field.endpoints or letter == "b"
+    ]
     for names, kind, commands, group, text in table_rows(OPTIONS):
         if letter in commands:
             dest = names.split()[0 if "--image" in names else -1].lstrip("-").replace("-", "_")
-            yield group, names.split(), kind, dest, text
+            rows.append((group, names.split(), kind, dest, text))
+    own = {"edit": "pictures", "recover": "jobs"}.get(command, command)
+    return sorted(rows, key=lambda row: (row[0] != "prompt", row[0] != own))
 
 
 def option_reader(dest: str, kind: str) -> Callable[[str], Any]:
@@ -7669,9 +7692,11 @@ def overview() -> str:
     """Return what --help shows without a command."""
     lines = [f"usage: {PROGRAM} COMMAND [options]", ""]
     lines += [f"{(__doc__ or '').splitlines()[0]}", "", "commands:"]
-    lines += [f"  {name:10} {row[3]}" for name, row in COMMANDS.items()]
+    lines += [f"  {name:11} {row[3]}" for name, row in COMMANDS.items()]
     lines += ["", "first picture, no key needed:"]
     lines += [f'  {PROGRAM} generate "a cat on a windowsill" --sandbox', ""]
+    lines.append("stdout: a line `Saved: PATH (N KB)` for each picture. Exit codes: 0 all saved,")
+    lines.append("2 and 3 nothing was sent, 8 it may be billed: run recover first.")
     return "\n".join([*lines, f"{PROGRAM} COMMAND --help shows a command's options."])
 
 

@@ -9,8 +9,9 @@ the packages of this machine don't slow the start. "Installed" is what pip makes
 module with its bytecode and a launcher; "as a script" Python compiles the text at every start.
 
 What is compared runs in turn (A B A B ...), and a ratio is the median of the rounds' ratios. The
-first round doesn't count. The server is a process of its own. The processes measured are started
-by a Python smaller than any of them: a peak of memory counts what stood there before the exec.
+first round doesn't count. Each run leaves the pictures on the disk and no answer. The server is a
+process of its own. The processes measured are started by a Python smaller than any of them: a
+peak of memory counts what stood there before the exec.
 """
 
 from __future__ import annotations
@@ -194,11 +195,9 @@ class Lab:
             process.communicate()
 
     def run(self, command: Command) -> Run:
-        """Run a command and check what it saved; out/ is empty before, and answer.json gone."""
+        """Run a command and check what it saved; out/ is empty before."""
         shutil.rmtree(self.out)
         self.out.mkdir()
-        (self.work / "answer.json").write_bytes(b"")
-        (self.work / "answer.json").unlink()  # no run pays for giving up another's pages
         os.sync()  # what other runs have written is not this one's to wait for
         assert self.spawner.stdin
         self.spawner.stdin.write("\0".join(command.argv) + "\n")
@@ -242,9 +241,10 @@ class Lab:
     def one_liner(self, name: str, pictures: int, least: int) -> Command:
         """Return curl with a Python one-liner that saves what it got."""
         text = (
-            "import base64, json; "
+            "import base64, json, os; "
             "[open(f'out/{number}.png', 'wb').write(base64.b64decode(item['b64_json']))"
-            " for number, item in enumerate(json.load(open('answer.json'))['data'])]"
+            " for number, item in enumerate(json.load(open('answer.json'))['data'])]; "
+            "os.remove('answer.json')"
         )
         words = shlex.join([self.python, "-c", text])
         return self.shell(f"{self.curl(name)} && {words}", pictures, least)
@@ -255,7 +255,8 @@ class Lab:
             "import os; "
             f"data = open('answer.json', 'rb').read({least}); "
             f"files = [open(f'out/{{number}}.png', 'wb') for number in range({pictures})]; "
-            "[(file.write(data), file.flush(), os.fsync(file.fileno())) for file in files]"
+            "[(file.write(data), file.flush(), os.fsync(file.fileno())) for file in files]; "
+            "os.remove('answer.json')"
         )
         words = shlex.join([self.python, "-ISc", text])
         return self.shell(f"{self.curl(name)} && {words}", pictures, least)

@@ -391,6 +391,39 @@ class TestSignals(PlatformCase):
         self.assertEqual(self.installed(), {"SIGINT", "SIGTERM"})
 
 
+class TestCommands(PlatformCase):
+    """Command lines that are shown or read, and waits that Ctrl-C can't interrupt, on Windows."""
+
+    def test_the_way_to_recover_runs_as_it_stands(self) -> None:
+        python = path_named("Program Files", "Python", "python.exe")
+        self.change(mock.patch("sys.executable", python))
+        for name, start in (("nt", f'"{python}" '), ("posix", f"'{python}' ")):
+            with self.subTest(name), mock.patch("os.name", name):
+                shown = gpt_image2.recover_command("20261121T000000Z-0123456789ab")
+                self.assertEqual(shown[: len(start)], start)
+                self.assertTrue(shown.endswith(" recover 20261121T000000Z-0123456789ab"))
+
+    def test_a_key_command_keeps_its_backslashes(self) -> None:
+        self.on_windows()
+        for text, words in (
+            (r"C:\tools\key.exe get", [r"C:\tools\key.exe", "get"]),
+            (r'"C:\my tools\key.exe" "a b"', [r"C:\my tools\key.exe", "a b"]),
+        ):
+            self.assertEqual(gpt_image2.read_command(text), words)
+            self.assertEqual(gpt_image2.read_command(words), words)
+
+    def test_a_quiet_wait_looks_for_ctrl_c_every_second(self) -> None:
+        """Waiting for a thread, as communicate() does there, goes on through a signal."""
+        session = gpt_image2.Session(gpt_image2.Console(quiet=True), mode=0o644)
+        watch = gpt_image2.Watch(str(self.tmp / "answer"))
+        for name, longest in (("nt", 1.0), ("posix", 30.0)):
+            process = mock.Mock()
+            process.communicate.return_value = (b"", b"")
+            with self.subTest(name), mock.patch("os.name", name):
+                gpt_image2.wait_for_curl(process, session, watch, 0)
+                self.assertEqual(process.communicate.call_args[1]["timeout"], longest)
+
+
 def unquoted(config: bytes) -> str:
     """Return the value of one line of config as curl reads it (../shared/CURL.md, 1.1)."""
     match = re.fullmatch(rb'[a-z-]+ = "((?:[^"\\]|\\.)*)"\n', config, re.DOTALL)
