@@ -350,6 +350,7 @@ class Failure(Exception):
         self.hint = hint
         self.maybe_billed = maybe_billed
         self.http_status = http_status
+        self.passing = False  # a call that costs nothing may do better next time
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
@@ -3255,7 +3256,8 @@ def decode_base64(pieces: Iterable[bytes]) -> Iterator[bytes]:
     rest, ended, first = b"", False, True
     for piece in pieces:
         if first:
-            piece, first = DATA_PREFIX.sub(b"", piece, 1), False
+            prefix, first = DATA_PREFIX.match(piece), False  # sub() would search the whole window
+            piece = piece[prefix.end() :] if prefix else piece
         text = rest + piece
         whole = len(text) // 4 * 4
         try:
@@ -3359,6 +3361,15 @@ def unknown(
         http_status=status or None,
     )
     return Verdict("unknown", failure)
+
+
+def free_failure(lead: str, end: CurlEnd) -> Failure:
+    """Return the failure of a call that costs nothing, and so may be made again."""
+    words = CURL_EXITS.get(end.code or 0, CurlExit(f"HTTP {end.status}")).sentence
+    exit_code = EXIT_REFUSED if end.status else EXIT_NETWORK
+    failure = Failure(f"{lead}{words}", exit_code, http_status=end.status or None)
+    failure.passing = not end.status or end.status < 300 or end.status >= 500
+    return failure
 
 
 def judge_no_image(end: CurlEnd, reply: Reply, status: int) -> Verdict:
@@ -3829,6 +3840,7 @@ def picture_problem(index: int, error: Exception) -> Failure:
     """Return why one picture could not be saved."""
     why = os_reason(error) if isinstance(error, OSError) else str(error)
     code = error.code if isinstance(error, Failure) else "not_saved"
+    code = "bad_image" if isinstance(error, ValueError) else code
     return Failure(f"picture {index + 1}: {why}", EXIT_UNSAVED, code=code)
 
 
@@ -4952,6 +4964,7 @@ OWN_NAMES = re.compile(r"results(-\d+-of-\d+)?\.(jsonl|lock)|index\.html", re.I)
 class Entry(NamedTuple):
     """What a journal says last of one job."""
 
+    identity: str
     state: str
     number: int
     id: str
@@ -5047,10 +5060,10 @@ def read_journals(paths: Iterable[str], sandbox: bool) -> dict[str, Entry]:
         sound = False
         for offset, value in read_lines(path):
             identity = value.get("identity")
-            sound = sound or isinstance(identity, str)
+            sound = sound or isinstance(value.get("state"), str)
             if isinstance(identity, str) and bool(value.get("sandbox")) == sandbox:
                 own[identity] = read_entry(value, (path, offset), own.get(identity))
-        if not sound and b"\n" in read_start(path):
+        if not sound and "\n" in file_text(path):
             raise Failure(f"{path} holds no line that can be read", hint="mend it or move it away")
         for identity, entry in own.items():
             entries[identity] = later(entry, entries.get(identity))
@@ -5067,10 +5080,13 @@ def later(entry: Entry, other: Entry | None) -> Entry:
     return (entry if first >= second else other)._replace(spent=entry.spent + other.spent)
 
 
-def read_start(path: str) -> bytes:
-    """Return the first bytes of a file."""
-    with open(path, "rb") as file:
-        return file.read(WINDOW)
+def file_text(path: str, limit: int = WINDOW) -> str:
+    """Return the text that a file begins with, or nothing where it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(limit).decode("utf-8", "surrogateescape")
+    except OSError:
+        return ""
 
 
 def part(value: Any, name: str, kind: type) -> Any:
@@ -5088,6 +5104,7 @@ def read_entry(value: dict[str, Any], place: tuple[str, int], before: Entry | No
     if state in (SAVED, PARTIAL):
         spent += part(part(value, "cost", dict), "amount", float) or guess
     return Entry(
+        part(value, "identity", str),
         state or UNKNOWN,
         count(value, "number"),
         part(value, "id", str),
@@ -5252,6 +5269,7 @@ class Batch:
         self.gate = Gate(args.rpm or 0)
         self.lock = allocate_lock()
         self.plans: list[Plan] = []
+        self.plan_of: dict[str, Plan] = {}  # by identity
         self.states: dict[int, str] = {}  # of each plan's row, as it is now
         self.codes: dict[int, int] = {}  # exit codes of those that are not saved
         self.working = 0  # threads
@@ -5476,7 +5494,7 @@ def check_job(
         occurrence(batch_hash(request), seen),
         occurrence(line_hash(line), seen),
         line_path(line, "output"),
-        " ".join(str(word) for word in words if word),
+        sys.intern(" ".join(str(word) for word in words if word)),
         estimate.amount if estimate else 0.0,
     )
     for file in request.files:
@@ -5889,15 +5907,16 @@ class Deferred(NamedTuple):
     batch_id: str = ""
 
 
-def read_deferred(paths: Iterable[str]) -> list[Deferred]:
-    """Return the batches that the journals know and that have not come to their end."""
-    found: dict[str, Deferred] = {}
-    for path in paths:
-        for _, value in read_lines(path):
-            if value.get("state") == DEFERRED_BATCH:
-                texts = (part(value, name, str) for name in Deferred._fields)
-                found[part(value, "key", str)] = Deferred(*texts)
-    return [deferred for deferred in found.values() if deferred.step != "ended"]
+def read_deferred(journal: str) -> dict[str, Deferred]:
+    """Return the batches that a journal knows, by key; what could lead elsewhere is passed over."""
+    found = {}
+    for _, value in read_lines(journal):
+        if value.get("state") == DEFERRED_BATCH:
+            deferred = Deferred(*(part(value, name, str) for name in Deferred._fields))
+            ids = re.fullmatch("[A-Za-z0-9_.-]*", deferred.file_id + deferred.batch_id)
+            if ids and re.fullmatch("[0-9a-f]{16}", deferred.key):
+                found[deferred.key] = deferred
+    return found
 
 
 def note_deferred(deferred: Deferred, batch: Batch) -> Deferred:
@@ -5906,23 +5925,11 @@ def note_deferred(deferred: Deferred, batch: Batch) -> Deferred:
     return deferred
 
 
-def run_deferred(batch: Batch) -> list[dict[str, Any]]:
-    """Submit what is to be sent, or see how far it is; return the batches that still run."""
-    pending = read_deferred(journals_in(batch.folder))
-    if not pending:
-        pending = submit_deferred([plan for plan in batch.plans if plan.send], batch)
-    elif any(plan.send for plan in batch.plans):
-        batch.console.say("jobs that are in no batch yet are sent once these have ended")
-    pending = [create_deferred(deferred, batch) for deferred in pending]
-    if batch.args.cancel:
-        for deferred in pending:
-            ask_api(f"batches/{deferred.batch_id}/cancel", batch, [b"request = POST\n"])
-    return follow_deferred(pending, batch)
-
-
 def check_deferred(batch: Batch) -> None:
     """Refuse, before anything changes, a server without /batches and a price over --max-cost."""
-    ask_api("batches?limit=1", batch)
+    page = ask_api("batches?limit=1", batch)
+    if not isinstance(page.get("data"), list):
+        raise Failure(f"{batch.settings.base.host} has no /batches", EXIT_REFUSED)
     price = sum(plan.estimate for plan in batch.plans if plan.send)
     limit = batch.args.max_cost
     if limit is not None and price and batch.spent + price > limit:
@@ -5931,22 +5938,66 @@ def check_deferred(batch: Batch) -> None:
         raise Failure(f"these jobs come to {whole}, over --max-cost {limit:g}")
 
 
-def submit_deferred(plans: list[Plan], batch: Batch) -> list[Deferred]:
-    """Write the requests of each endpoint into a file and put the batch on record."""
+def prepare_deferred(batch: Batch) -> list[tuple[Deferred, list[Plan]]]:
+    """Write the requests of each endpoint into a file, unless a batch is pending already.
+
+    Raises Failure (exit 2) for more than the API takes, with nothing left behind.
+    """
+    known = read_deferred(batch.journal.path).values()
+    if batch.args.cancel or any(deferred.step != "ended" for deferred in known):
+        if any(plan.send for plan in batch.plans):
+            batch.console.say("jobs that are in no batch yet are sent once this one has ended")
+        return []
     found = []
     for command, endpoint in (("generate", "generations"), ("edit", "edits")):
-        chosen = [plan for plan in plans if plan.label.startswith(command)]
-        if chosen:
-            found.append((Deferred(os.urandom(8).hex(), "uploading", endpoint), chosen))
-    for deferred, chosen in found:
-        write_requests(deferred, chosen, batch)
-    for deferred, chosen in found:
-        note_deferred(deferred, batch)
-        for plan in chosen:
+        label = f"{command} "
+        plans = [plan for plan in batch.plans if plan.send and f"{plan.label} ".startswith(label)]
+        if plans:
+            found.append((Deferred(os.urandom(8).hex(), "uploading", endpoint), plans))
+    try:
+        for deferred, plans in found:
+            write_requests(deferred, plans, batch)
+    except (OSError, Failure) as error:
+        for deferred, _ in found:
+            remove_folder(deferred_folder(deferred.key))
+        if isinstance(error, Failure):
+            raise
+        why = f"cannot write the requests: {os_reason(error)}"
+        raise Failure(why, EXIT_REFUSED) from None
+    return found
+
+
+def run_deferred(prepared: list[tuple[Deferred, list[Plan]]], batch: Batch) -> list[dict[str, Any]]:
+    """Submit what was prepared, or see how far it is; return the batches that still run."""
+    sweep_deferred(batch, {deferred.key for deferred, _ in prepared})
+    for deferred, plans in prepared:
+        for plan in plans:
             keeper = JobKeeper(batch, batch.entry(plan))
             batch.task(plan, keeper, batch.console)  # fills in what the journal says of a job
             batch.journal.add({"state": DEFERRED, **keeper.entry, "job_id": deferred.key})
-    return [deferred for deferred, _ in found]
+        note_deferred(deferred, batch)  # after its jobs: what was killed before is in no batch
+    known = list(read_deferred(batch.journal.path).values())
+    pending = [create_deferred(one, batch) for one in known if one.step != "ended"]
+    pending = [one for one in pending if one.step == "created"]
+    for deferred in pending if batch.args.cancel else ():
+        try:
+            ask_api(f"batches/{deferred.batch_id}/cancel", batch, [b"request = POST\n"])
+        except Failure as failure:  # it has ended meanwhile, say
+            batch.console.say(f"{deferred.batch_id}: {failure}")
+    return follow_deferred(pending, batch)
+
+
+def sweep_deferred(batch: Batch, prepared: set[str]) -> None:
+    """Remove requests that a killed call never put on record, and free their jobs."""
+    own, known = os.path.realpath(batch.journal.path), read_deferred(batch.journal.path)
+    root = os.path.dirname(deferred_folder(""))
+    for key in list_folder(root):
+        owner = os.path.join(root, key, "journal")
+        if key not in known and key not in prepared and file_text(owner) == own:
+            remove_folder(os.path.join(root, key))
+    entries = read_journals([batch.journal.path], False).values() if batch.plans else []
+    lost = {e.identity: e for e in entries if e.state == DEFERRED and e.job_id not in known}
+    end_rest(lost, "it was handed in by a call that was killed before", False, batch)
 
 
 def deferred_folder(key: str) -> str:
@@ -5955,28 +6006,24 @@ def deferred_folder(key: str) -> str:
 
 
 def write_requests(deferred: Deferred, plans: list[Plan], batch: Batch) -> None:
-    """Write the file of requests. Raises Failure (exit 2) where it is more than the API takes."""
+    """Write the file of requests. Raises Failure where it is more than the API takes."""
     folder = deferred_folder(deferred.key)
-    path = os.path.join(folder, "requests.jsonl")
     if len(plans) > MAX_DEFERRED_REQUESTS:
         most = f"{len(plans)} requests are over the API's {MAX_DEFERRED_REQUESTS}"
         raise Failure(most, hint="--shard I/N splits them")
-    try:
-        os.makedirs(folder, 0o700, exist_ok=True)
-        private_file(path)
-        with open(path, "wb") as file:
-            for plan in plans:
-                request, _ = batch.request(plan.row, Console(quiet=True))
-                if request.get("stream"):
-                    raise Failure(f"{plan.name}: a stream can't be deferred")
-                file.write(deferred_line(plan, request))
-                if file.tell() > MAX_DEFERRED_BYTES:
-                    raise Failure("the requests are over the API's 200 MB", hint="use --shard I/N")
-    except (OSError, Failure) as error:
-        remove_folder(folder)
-        if isinstance(error, Failure):
-            raise
-        raise Failure(f"cannot write {path}: {os_reason(error)}", EXIT_REFUSED) from None
+    os.makedirs(folder, 0o700, exist_ok=True)
+    owner = os.path.realpath(batch.journal.path).encode("utf-8", "surrogateescape")
+    private_file(os.path.join(folder, "journal"), owner)
+    path = os.path.join(folder, "requests.jsonl")
+    private_file(path)
+    with open(path, "wb") as file:
+        for plan in plans:
+            request, _ = batch.request(plan.row, Console(quiet=True))
+            if request.get("stream"):
+                raise Failure(f"{plan.name}: a stream can't be deferred")
+            file.write(deferred_line(plan, request))
+            if file.tell() > MAX_DEFERRED_BYTES:
+                raise Failure("the requests are over the API's 200 MB", hint="use --shard I/N")
 
 
 def deferred_line(plan: Plan, request: Request) -> bytes:
@@ -6002,88 +6049,105 @@ def deferred_line(plan: Plan, request: Request) -> bytes:
 def ask_api(
     path: str, batch: Batch, lines: Sequence[bytes] = (), line_path: str = ""
 ) -> dict[str, Any]:
-    """Return what the server answers to one call that costs nothing by itself.
+    """Return what the server answers to one call that costs nothing, but for a create's.
 
-    Raises Failure as judge() words it; `maybe_billed` tells that its outcome is unknown.
+    A create has a `line_path`: after a signal its curl goes on, and the next call waits for it.
+    Raises Failure; only a create's may be billed.
     """
     import tempfile
 
-    settings = batch.settings
+    settings, session = batch.settings, batch.session
+    if line_path:
+        session = session._replace(keeper=JobKeeper(batch, {}))
     with tempfile.TemporaryDirectory() as folder:
         body, head = os.path.join(folder, ANSWER), os.path.join(folder, HEADERS)
         url = f"{settings.base.url}/{path}"
         config = [*connection_lines(settings, url, settings.base.host), *key_lines(settings)]
         config += [curl_line("output", body), curl_line("dump-header", head), *lines]
-        line_path = line_path or os.path.join(folder, CURL_LINE)
-        end = run_curl(b"".join(config), line_path, batch.session, Watch(body))
+        path_of_line = line_path or os.path.join(folder, CURL_LINE)
+        end = run_curl(b"".join(config), path_of_line, session, Watch(body))
         if end.signal:
             raise Interrupted(end.signal)
         if end.status == 200:
-            with open(body, "rb") as file:
-                values = parse_json(file.read(8 * MEGABYTE).decode("utf-8", "replace"))
+            values = parse_json(file_text(body, 8 * MEGABYTE))
             if values and isinstance(values[0], dict):
                 return values[0]
-        if end.status in (404, 405) and path.startswith("batches?"):
+        if path.startswith("batches?") and end.status in (200, 404, 405, 501):
             raise Failure(f"{settings.base.host} has no /batches", EXIT_REFUSED)
         verdict = judge(end, read_headers_file(head), read_reply(body), settings)
-    failure = verdict.failure or Failure(f"{path}: the answer can't be read", EXIT_UNKNOWN)
-    failure.message = batch.console.scrub(failure.message)
-    raise failure
+    if verdict.failure and (line_path or verdict.kind != "unknown"):
+        raise verdict.failure
+    raise free_failure(f"{url}: ", end)
 
 
 def find_deferred(key: str, batch: Batch) -> str:
     """Return the id of the batch that carries our key, or nothing where there is none."""
-    after = ""
+    after, seen = "", set()  # type: str, set[str]
     while True:
         page = ask_api(f"batches?limit=100{after}", batch)
-        rows = part(page, "data", list)
-        for row in rows:
-            if part(part(row, "metadata", dict), "gpt_image2", str) == key:
-                return part(row, "id", str)  # type: ignore[no-any-return]
-        if not page.get("has_more") or not rows:
+        rows = {part(row, "id", str): row for row in part(page, "data", list)}
+        for name, row in rows.items():
+            if name and part(part(row, "metadata", dict), "gpt_image2", str) == key:
+                return str(name)
+        if not page.get("has_more") or not set(rows) - seen:
             return ""
-        after = f"&after={part(rows[-1], 'id', str)}"
+        seen |= set(rows)
+        after = f"&after={list(rows)[-1]}"
 
 
 def create_deferred(deferred: Deferred, batch: Batch) -> Deferred:
     """Bring a batch from the step where it stands to `created`; never makes a second one."""
     folder = deferred_folder(deferred.key)
-    path = os.path.join(folder, "requests.jsonl")
-    if deferred.step == "uploading":  # an upload costs nothing: done anew where it was cut
-        if not os.path.exists(path):
-            return drop_deferred(deferred, "its requests are gone", batch)
-        name = f"filename=gpt-image2-{deferred.key}.jsonl;type=application/jsonl"
-        form = [curl_line("form-string", "purpose=batch")]
-        form.append(curl_line("form", f"file=@{form_file(path)};{name}"))
-        file_id = part(ask_api("files", batch, [b'header = "Expect:"\n', *form]), "id", str)
-        deferred = note_deferred(deferred._replace(step="uploaded", file_id=file_id), batch)
     if deferred.step == "creating":
         while line_locked(os.path.join(folder, CURL_LINE)):
-            SIGNALS.pause(0.2)  # the curl of a call that was killed
+            SIGNALS.pause(0.2)  # the curl of a call that was stopped
         batch_id = find_deferred(deferred.key, batch)
         if batch_id:
-            deferred = deferred._replace(step="created", batch_id=batch_id)
-            return note_deferred(deferred, batch)
-    if deferred.step in ("uploaded", "creating"):
-        deferred = note_deferred(deferred._replace(step="creating"), batch)
-        document = {
-            "input_file_id": deferred.file_id,
-            "endpoint": f"/v1/images/{deferred.endpoint}",
-            "completion_window": "24h",
-            "metadata": {"gpt_image2": deferred.key},
-        }
-        lines = [b'header = "Content-Type: application/json"\n']
-        lines.append(curl_line("data-binary", json.dumps(document)))
-        try:
-            answer = ask_api("batches", batch, lines, os.path.join(folder, CURL_LINE))
-        except Failure as failure:
-            if not failure.maybe_billed:
-                drop_deferred(deferred, str(failure), batch)
-            raise
-        deferred = deferred._replace(step="created", batch_id=part(answer, "id", str))
-        note_deferred(deferred, batch)
-        batch.console.say(f"Batch: {deferred.batch_id}")
-    return deferred
+            return note_deferred(deferred._replace(step="created", batch_id=batch_id), batch)
+    if deferred.step == "created":
+        return deferred
+    if batch.args.cancel:
+        return drop_deferred(deferred, "it was cancelled before it was made", batch)
+    try:
+        if deferred.step == "uploading":  # an upload costs nothing: done anew where it was cut
+            deferred = upload_requests(deferred, os.path.join(folder, "requests.jsonl"), batch)
+        return create_batch(deferred, os.path.join(folder, CURL_LINE), batch)
+    except Failure as failure:
+        if failure.http_status and 400 <= failure.http_status < 500 and not failure.maybe_billed:
+            drop_deferred(deferred, failure.message, batch)
+        raise
+
+
+def upload_requests(deferred: Deferred, path: str, batch: Batch) -> Deferred:
+    """Hand in the file of requests."""
+    if not os.path.exists(path):
+        raise Failure("the requests are gone", EXIT_REFUSED, http_status=410)
+    name = f"filename=gpt-image2-{deferred.key}.jsonl;type=application/jsonl"
+    form = [b'header = "Expect:"\n', curl_line("form-string", "purpose=batch")]
+    form.append(curl_line("form", f"file=@{form_file(path)};{name}"))
+    file_id = part(ask_api("files", batch, form), "id", str)
+    if not file_id:
+        raise Failure("the server took the requests, but named no file", EXIT_REFUSED)
+    return note_deferred(deferred._replace(step="uploaded", file_id=file_id), batch)
+
+
+def create_batch(deferred: Deferred, line_path: str, batch: Batch) -> Deferred:
+    """Make the batch of an uploaded file: the one step that costs."""
+    deferred = note_deferred(deferred._replace(step="creating"), batch)
+    document = {
+        "input_file_id": deferred.file_id,
+        "endpoint": f"/v1/images/{deferred.endpoint}",
+        "completion_window": "24h",
+        "metadata": {"gpt_image2": deferred.key},
+    }
+    lines = [b'header = "Content-Type: application/json"\n']
+    lines.append(curl_line("data-binary", json.dumps(document)))
+    batch_id = part(ask_api("batches", batch, lines, line_path), "id", str)
+    if not batch_id:
+        why = "the answer to a new batch has no id; the same command looks for it"
+        raise Failure(why, EXIT_UNKNOWN, maybe_billed=True)
+    batch.console.say(f"Batch: {batch_id}")
+    return note_deferred(deferred._replace(step="created", batch_id=batch_id), batch)
 
 
 def drop_deferred(deferred: Deferred, why: str, batch: Batch) -> Deferred:
@@ -6098,21 +6162,40 @@ def follow_deferred(pending: list[Deferred], batch: Batch) -> list[dict[str, Any
     delay, said = FIRST_POLL, ""
     while True:
         rows = []
-        for deferred in [deferred for deferred in pending if deferred.step == "created"]:
-            document = ask_api(f"batches/{deferred.batch_id}", batch)
-            if part(document, "status", str) in ENDED_STATUSES:
-                fetch_deferred(deferred, document, batch)
-                pending.remove(deferred)
+        for deferred in list(pending):
+            row = look_after(deferred, batch)
+            if row:
+                rows.append(row)
             else:
-                rows.append(deferred_row(document))
+                pending.remove(deferred)
         text = ", ".join("{id}: {status} {completed}/{total}".format(**row) for row in rows)
-        if text != said:
+        if text and text != said:
             batch.console.say(text)
         if not rows or not batch.args.wait:
             return rows
         said = text
         SIGNALS.pause(delay)
         delay = min(1.5 * delay, LAST_POLL)
+
+
+def look_after(deferred: Deferred, batch: Batch) -> dict[str, Any]:
+    """Return how far a batch is; one that has ended is fetched, and nothing returned.
+
+    With --wait a look that fails for now is told and taken for one that says nothing new.
+    """
+    try:
+        document = ask_api(f"batches/{deferred.batch_id}", batch)
+        if part(document, "status", str) not in ENDED_STATUSES:
+            return deferred_row(document)
+        fetch_deferred(deferred, document, batch)
+        return {}
+    except Failure as failure:
+        passing = failure.passing or failure.exit_code in (EXIT_NETWORK, EXIT_LIMIT)
+        if not batch.args.wait or not passing:
+            raise
+        batch.console.say(f"{deferred.batch_id}: {failure}")
+        told = {"id": deferred.batch_id, "status": "unseen", "endpoint": deferred.endpoint}
+        return {**told, "total": 0, "completed": 0, "failed": 0}
 
 
 def deferred_row(document: dict[str, Any]) -> dict[str, Any]:
@@ -6123,73 +6206,101 @@ def deferred_row(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def fetch_deferred(deferred: Deferred, document: dict[str, Any], batch: Batch) -> None:
-    """Save what a batch brought, job by job, and put an end to it."""
-    due, kept = deferred_jobs(deferred, batch), 0
+    """Save what a batch brought, job by job, and put an end to it.
+
+    Raises Failure where a folder can't take its pictures: the next call finds them kept.
+    """
+    due, kept = deferred_jobs(deferred, batch), set()
+    status, gone = part(document, "status", str), False
     for name in ("output_file_id", "error_file_id"):
         file_id = part(document, name, str)
         path = fetch_file(file_id, deferred, name, batch) if file_id else os.devnull
-        for value, skeleton in result_lines(path):
+        gone = gone or not path
+        for value, skeleton in result_lines(path or os.devnull):
             entry = due.pop(part(value, "custom_id", str), None)
             if entry:
+                with SIGNALS:
+                    pass
                 answer = judge_result(value, skeleton, batch.settings)
-                kept += not end_job(entry, answer, path, batch)
-    status = part(document, "status", str)
+                kept.add(end_job(entry, answer, path, batch))
+    if "again" in kept:
+        why = f"pictures can't be saved; they are kept in {deferred_folder(deferred.key)}"
+        raise Failure(why, EXIT_UNSAVED, hint="mend the folder and run the same command again")
     rows = part(part(document, "errors", dict), "data", list)
     why = ": ".join([f"the batch is {status}", *(part(row, "message", str) for row in rows[:3])])
-    end_rest(due, why, status == "completed", batch)
-    if kept:
-        batch.console.warn(f"what could not be saved is kept in {deferred_folder(deferred.key)}")
-        return
+    why = f"{why}; its results are gone from the server (404)" if gone else why
+    end_rest(due, why, gone or status == "completed", batch)
     note_deferred(deferred._replace(step="ended"), batch)
-    remove_folder(deferred_folder(deferred.key))
+    if "bad" in kept:
+        batch.console.warn(f"what could not be saved is kept in {deferred_folder(deferred.key)}")
+    else:
+        remove_folder(deferred_folder(deferred.key))
 
 
 def fetch_file(file_id: str, deferred: Deferred, name: str, batch: Batch) -> str:
-    """Return the path of a file from the server, going on where an earlier call was cut."""
+    """Return the path of a file from the server, going on where an earlier call was cut.
+
+    An empty path means that the server has it no more.
+    """
     path = os.path.join(deferred_folder(deferred.key), f"{name}.jsonl")
-    cut, line_path, settings = f"{path}.part", f"{path}.curl", batch.settings
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     for attempt in range(1, MAX_FETCHES + 1):
+        while line_locked(f"{path}.curl"):
+            SIGNALS.pause(0.2)  # the curl of a call that was killed
         if os.path.exists(path):
             return path
-        if not os.path.exists(cut):
-            private_file(cut)
-        url = f"{settings.base.url}/files/{file_id}/content"
-        patient = settings._replace(timeout=86400)  # it may be gigabytes; a stall ends it
-        lines = [*connection_lines(patient, url, settings.base.host), *key_lines(settings)]
-        lines += [curl_line("output", cut), b"fail\nspeed-limit = 1\nspeed-time = 60\n"]
-        lines += [b'continue-at = "-"\n'] if file_size(cut) else []
-        end = run_curl(b"".join(lines), line_path, batch.session, Watch(cut))
-        if end.signal:
-            raise Interrupted(end.signal)
+        end = fetch_part(file_id, f"{path}.part", f"{path}.curl", batch)
         if end.code == 0 and end.status in (200, 206):
-            os.replace(cut, path)
-        elif end.code == 33 or end.status == 416:
-            remove_file(cut)
+            os.replace(f"{path}.part", path)
+            return path
+        if end.status in (404, 410):
+            return ""
+        if end.code == 33 or end.status == 416:
+            remove_file(f"{path}.part")
         elif not worth_retrying(end):
             break
         else:
             SIGNALS.pause(retry_delay(attempt, None))
-    if os.path.exists(path):
-        return path
-    why = f"HTTP {end.status}" if end.status >= 300 else f"curl ended with {end.code}"
-    raise Failure(f"file {file_id}: {why}", EXIT_UNSAVED, hint="run the same command again")
+    failure = free_failure(f"file {file_id}: ", end)
+    failure.exit_code, failure.hint = EXIT_UNSAVED, "run the same command again"
+    raise failure
+
+
+def fetch_part(file_id: str, path: str, line_path: str, batch: Batch) -> CurlEnd:
+    """Run curl once for a file at the server, from where `path` ends."""
+    if not os.path.exists(path):
+        private_file(path)
+    settings = batch.settings
+    url = f"{settings.base.url}/files/{file_id}/content"
+    patient = settings._replace(timeout=86400)  # it may be gigabytes; a stall ends it
+    lines = [*connection_lines(patient, url, settings.base.host), *key_lines(settings)]
+    lines += [curl_line("output", path), b"fail\nspeed-limit = 1\nspeed-time = 60\n"]
+    lines += [b'continue-at = "-"\n'] if file_size(path) else []
+    end = run_curl(b"".join(lines), line_path, batch.session, Watch(path))
+    if end.signal:
+        raise Interrupted(end.signal)
+    return end
 
 
 def result_lines(path: str) -> Iterator[tuple[dict[str, Any], Skeleton]]:
     """Yield the lines of a result file, their pictures left in it as Spans."""
     from itertools import chain
 
-    skeleton = Skeleton(lines=True)
+    skeleton, torn = Skeleton(lines=True), False
     with open(path, "rb") as file:
         for window in chain(iter(lambda: file.read(WINDOW), b""), [b"\n"]):
-            skeleton.feed(window)
+            try:
+                skeleton.feed(window)
+            except ValueError:  # a line with too much text: passed over
+                skeleton.text.clear()
+                torn = True
             *lines, rest = bytes(skeleton.text).split(b"\n")
             skeleton.text[:] = rest
-            for line in lines:
+            for line in lines[1:] if torn else lines:
                 for value in parse_json(line.decode("utf-8", "replace")):
                     if isinstance(value, dict):
                         yield value, skeleton
+            torn = torn and not lines
 
 
 def deferred_jobs(deferred: Deferred, batch: Batch) -> dict[str, Entry]:
@@ -6225,38 +6336,55 @@ def end_rest(due: dict[str, Entry], why: str, unknown_too: bool, batch: Batch) -
         end_job(entry, Answer(verdict, Reply("empty"), CurlEnd(0), {}, 1), "", batch)
 
 
-def end_job(entry: Entry, answer: Answer, path: str, batch: Batch) -> bool:
+def end_job(entry: Entry, answer: Answer, path: str, batch: Batch) -> str:
     """Save what a deferred job brought, as its journal line has it, and put that on record.
 
-    False where there are pictures that could not be saved: they stay in the result file at `path`.
+    Returns "again" where its folder can't take the pictures, which stay in the result file at
+    `path`, and "bad" where they are none; else nothing. Raises Interrupted after a signal.
     """
-    line = line_at(entry.place)
-    fields = {**part(line, "fields", dict), "prompt": part(line, "prompt", str)}
-    command, identity = part(line, "command", str), part(line, "identity", str)
-    endpoint = "edits" if command == "edit" else "generations"
-    request = Request(command, endpoint, tuple(fields.items()))
-    output = part(line, "output", str) or None
-    known = {plan.identity: plan for plan in batch.plans}
-    plan = Plan(-1, entry.id, identity, entry.line, output, command, entry.estimate, entry.number)
-    plan = known.get(identity, plan)._replace(id=entry.id, number=entry.number, output=output)
-    told = {name: value for name, value in line.items() if name not in ("schema", "time", "state")}
-    console, keeper = JobConsole(batch.console, plan.name), JobKeeper(batch, told)
-    session = batch.session._replace(console=console, keeper=keeper)
-    task = Task(request, batch.target(plan, request), batch.settings, session)
-    folder = os.path.join(deferred_folder(entry.job_id), identity)
+    task, plan = deferred_task(entry, batch)
+    console, keeper = task.console, task.session.keeper
+    folder = os.path.join(deferred_folder(entry.job_id), entry.identity)
+    try:
+        check_folder(task.target.folder)
+    except Failure as failure:
+        console.error(f"{console.name}: {failure}")
+        return "again" if answer.reply.images else ""
+    if any(source.kind == "url" for source in answer.reply.images):
+        os.makedirs(folder, 0o700, exist_ok=True)
+    outcome = Outcome(task.request.command, task.request, answer=answer, job_id=entry.identity)
     with open(os.devnull, "rb") as nothing:
-        job = Job(folder, nothing, answer=path)
-        outcome = save_answer(Outcome(command, request, answer=answer, job_id=identity), job, task)
-    if outcome.failure and outcome.failure.exit_code == EXIT_UNSAVED:
-        console.error(f"{console.name}: {outcome.failure}")
-        return False
+        outcome = save_answer(outcome, Job(folder, nothing, answer=path), task)
+    failure_code = outcome.failure.exit_code if outcome.failure else EXIT_OK
+    if failure_code > 128:
+        raise Interrupted(failure_code - 128)
+    if any(os.path.dirname(picture.path) == folder for picture in outcome.pictures):
+        remove_folder(folder)  # the disk is full: the result file has them all
+        return "again"
     keep_record(outcome, task)
-    keeper.tell(outcome, identity)
+    assert isinstance(keeper, JobKeeper)
+    keeper.tell(outcome, entry.identity)
     batch.in_flight[plan.row] = 0.0
     batch.finish(plan, outcome, console)
     if plan.row < 0:  # its line is no longer in the jobs file
         del batch.states[plan.row], batch.codes[plan.row]
-    return True
+    return "bad" if failure_code in (EXIT_UNSAVED, EXIT_PARTIAL) else ""
+
+
+def deferred_task(entry: Entry, batch: Batch) -> tuple[Task, Plan]:
+    """Return a deferred job as its journal line has it, whatever the jobs file says by now."""
+    line = line_at(entry.place)
+    fields = {**part(line, "fields", dict), "prompt": part(line, "prompt", str)}
+    command = "edit" if line.get("command") == "edit" else "generate"
+    endpoint = "edits" if command == "edit" else "generations"
+    request = Request(command, endpoint, tuple(fields.items()))
+    output, name = part(line, "output", str) or None, entry.identity
+    plan = Plan(-1, entry.id, name, entry.line, output, command, entry.estimate)
+    plan = batch.plan_of.get(name, plan)._replace(id=entry.id, number=entry.number, output=output)
+    told = {key: value for key, value in line.items() if key not in ("schema", "time", "state")}
+    console, keeper = JobConsole(batch.console, plan.name), JobKeeper(batch, told)
+    session = batch.session._replace(console=console, keeper=keeper)
+    return Task(request, batch.target(plan, request), batch.settings, session), plan
 
 
 ################################################################################
@@ -6732,8 +6860,10 @@ def command_batch(args: Args, session: Session) -> int:
     lock = lock_batch(batch) if os.path.isdir(batch.folder) else None
     entries = plan_batch(batch)
     find_curl()
+    prepared = []
     if args.deferred:
         check_deferred(batch)
+        prepared = prepare_deferred(batch)
     check_folder(batch.folder)
     if not lock:
         os.makedirs(batch.folder, exist_ok=True)
@@ -6741,7 +6871,7 @@ def command_batch(args: Args, session: Session) -> int:
         if os.path.exists(batch.journal.path):
             raise Failure("another run of this batch has just begun", hint="wait for it to end")
     begin_batch(batch, entries)
-    rows = run_deferred(batch) if args.deferred else []
+    rows = run_deferred(prepared, batch) if args.deferred else []
     if not args.deferred:
         run_workers(batch)
     if rows:
@@ -6759,6 +6889,7 @@ def plan_batch(batch: Batch) -> dict[str, Entry]:
     seen: dict[str, int] = {}
     plans = check_jobs(batch, entries, seen)
     batch.plans = match_plans(plans, entries, batch, claimed_numbers(batch, seen))
+    batch.plan_of = {plan.identity: plan for plan in batch.plans}
     capped = batch.args.max_cost is not None and not batch.settings.sandbox
     for plan in batch.plans:
         if capped and plan.send and not plan.estimate:
@@ -7300,8 +7431,7 @@ def check_models(folder: str, settings: Settings, session: Session) -> str:
     verdict = judge(end, headers, read_reply(body)._replace(excerpt=""), settings)
     if verdict.failure and verdict.kind != "unknown":
         raise verdict.failure
-    words = CURL_EXITS.get(end.code or 0, CurlExit(f"HTTP {end.status}")).sentence
-    raise Failure(f"GET {url}: {words}", EXIT_REFUSED if end.status else EXIT_NETWORK)
+    raise free_failure(f"GET {url}: ", end)
 
 
 def command_sandbox(args: Args, session: Session) -> int:
@@ -7850,8 +7980,19 @@ def read_umask() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit code; the one place where a Failure is printed."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run the program and return its exit code; called without `argv`, end the process itself.
+
+    Python takes 8 ms to clean up after itself, of which nothing needs anything: every line is
+    flushed as it is written.
+    """
+    exit_code = run_once(list(sys.argv[1:] if argv is None else argv))
+    if argv is None:
+        os._exit(exit_code)
+    return exit_code
+
+
+def run_once(words: list[str]) -> int:
+    """Run one command line and return its exit code; the one place where a Failure is printed."""
     console = Console(json="--json" in before_dashes(words))
     session = Session(console, mode=0o666 & ~read_umask())
     command = words[0] if words and words[0] in COMMANDS else ""
