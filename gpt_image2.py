@@ -2181,6 +2181,7 @@ class Session(NamedTuple):
     mode: int = 0o644  # what the umask leaves of 0666; read once, as threads race on it
     keeper: Keeper = Keeper()
     root: str = ""  # the folder for jobs, if it was tried before
+    part: str = ""  # in the names of unfinished files, so that a batch knows its own
 
 
 class Task(NamedTuple):
@@ -3718,7 +3719,7 @@ def write_picture(
 
     digest = sha256() if session.digest else None
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{PROGRAM}-{os.urandom(6).hex()}.part")
+    temporary = os.path.join(folder, f".{PROGRAM}-{session.part}{os.urandom(6).hex()}.part")
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -5895,6 +5896,7 @@ MAX_DEFERRED_BYTES = 200 * 1000 * 1000
 DEFERRED_PRICE = 0.5  # OpenAI's pricing page, 2026-11-21
 FIRST_POLL, LAST_POLL = 10.0, 300.0  # seconds between looks with --wait
 ENDED_STATUSES = ("completed", "failed", "expired", "cancelled")
+SERVER_ID = re.compile("[A-Za-z0-9_.-]{1,200}")  # it goes into URLs
 
 
 class Deferred(NamedTuple):
@@ -5913,7 +5915,7 @@ def read_deferred(journal: str) -> dict[str, Deferred]:
     for _, value in read_lines(journal):
         if value.get("state") == DEFERRED_BATCH:
             deferred = Deferred(*(part(value, name, str) for name in Deferred._fields))
-            ids = re.fullmatch("[A-Za-z0-9_.-]*", deferred.file_id + deferred.batch_id)
+            ids = SERVER_ID.fullmatch(f"id{deferred.file_id}{deferred.batch_id}")
             if ids and re.fullmatch("[0-9a-f]{16}", deferred.key):
                 found[deferred.key] = deferred
     return found
@@ -5944,8 +5946,9 @@ def prepare_deferred(batch: Batch) -> list[tuple[Deferred, list[Plan]]]:
     Raises Failure (exit 2) for more than the API takes, with nothing left behind.
     """
     known = read_deferred(batch.journal.path).values()
-    if batch.args.cancel or any(deferred.step != "ended" for deferred in known):
-        if any(plan.send for plan in batch.plans):
+    pending = any(deferred.step != "ended" for deferred in known)
+    if batch.args.cancel or pending:
+        if pending and any(plan.send for plan in batch.plans):
             batch.console.say("jobs that are in no batch yet are sent once this one has ended")
         return []
     found = []
@@ -5969,7 +5972,6 @@ def prepare_deferred(batch: Batch) -> list[tuple[Deferred, list[Plan]]]:
 
 def run_deferred(prepared: list[tuple[Deferred, list[Plan]]], batch: Batch) -> list[dict[str, Any]]:
     """Submit what was prepared, or see how far it is; return the batches that still run."""
-    sweep_deferred(batch, {deferred.key for deferred, _ in prepared})
     for deferred, plans in prepared:
         for plan in plans:
             keeper = JobKeeper(batch, batch.entry(plan))
@@ -5987,17 +5989,20 @@ def run_deferred(prepared: list[tuple[Deferred, list[Plan]]], batch: Batch) -> l
     return follow_deferred(pending, batch)
 
 
-def sweep_deferred(batch: Batch, prepared: set[str]) -> None:
-    """Remove requests that a killed call never put on record, and free their jobs."""
+def sweep_deferred(batch: Batch) -> bool:
+    """Remove requests that a killed call never put on record; return whether that freed jobs."""
     own, known = os.path.realpath(batch.journal.path), read_deferred(batch.journal.path)
     root = os.path.dirname(deferred_folder(""))
     for key in list_folder(root):
-        owner = os.path.join(root, key, "journal")
-        if key not in known and key not in prepared and file_text(owner) == own:
+        if key not in known and file_text(os.path.join(root, key, "journal")) == own:
             remove_folder(os.path.join(root, key))
-    entries = read_journals([batch.journal.path], False).values() if batch.plans else []
-    lost = {e.identity: e for e in entries if e.state == DEFERRED and e.job_id not in known}
-    end_rest(lost, "it was handed in by a call that was killed before", False, batch)
+    entries = read_journals([batch.journal.path], False).values()
+    lost = [entry for entry in entries if entry.state == DEFERRED and entry.job_id not in known]
+    for entry in lost:
+        line = line_at(entry.place)
+        told = {name: line[name] for name in line if name not in ("schema", "time", "state")}
+        batch.journal.add({"state": FAILED, **told})
+    return bool(lost)
 
 
 def deferred_folder(key: str) -> str:
@@ -6126,7 +6131,7 @@ def upload_requests(deferred: Deferred, path: str, batch: Batch) -> Deferred:
     form = [b'header = "Expect:"\n', curl_line("form-string", "purpose=batch")]
     form.append(curl_line("form", f"file=@{form_file(path)};{name}"))
     file_id = part(ask_api("files", batch, form), "id", str)
-    if not file_id:
+    if not SERVER_ID.fullmatch(file_id):
         raise Failure("the server took the requests, but named no file", EXIT_REFUSED)
     return note_deferred(deferred._replace(step="uploaded", file_id=file_id), batch)
 
@@ -6143,7 +6148,7 @@ def create_batch(deferred: Deferred, line_path: str, batch: Batch) -> Deferred:
     lines = [b'header = "Content-Type: application/json"\n']
     lines.append(curl_line("data-binary", json.dumps(document)))
     batch_id = part(ask_api("batches", batch, lines, line_path), "id", str)
-    if not batch_id:
+    if not SERVER_ID.fullmatch(batch_id):
         why = "the answer to a new batch has no id; the same command looks for it"
         raise Failure(why, EXIT_UNKNOWN, maybe_billed=True)
     batch.console.say(f"Batch: {batch_id}")
@@ -6291,16 +6296,16 @@ def result_lines(path: str) -> Iterator[tuple[dict[str, Any], Skeleton]]:
         for window in chain(iter(lambda: file.read(WINDOW), b""), [b"\n"]):
             try:
                 skeleton.feed(window)
-            except ValueError:  # a line with too much text: passed over
-                skeleton.text.clear()
-                torn = True
+            except ValueError:
+                torn = True  # a line with too much text: passed over, to its end
             *lines, rest = bytes(skeleton.text).split(b"\n")
+            if torn:
+                torn, lines, rest = not lines, lines[1:], rest if lines else b""
             skeleton.text[:] = rest
-            for line in lines[1:] if torn else lines:
+            for line in lines:
                 for value in parse_json(line.decode("utf-8", "replace")):
                     if isinstance(value, dict):
                         yield value, skeleton
-            torn = torn and not lines
 
 
 def deferred_jobs(deferred: Deferred, batch: Batch) -> dict[str, Entry]:
@@ -6346,10 +6351,11 @@ def end_job(entry: Entry, answer: Answer, path: str, batch: Batch) -> str:
     console, keeper = task.console, task.session.keeper
     folder = os.path.join(deferred_folder(entry.job_id), entry.identity)
     try:
-        check_folder(task.target.folder)
+        if answer.reply.images:
+            check_folder(task.target.folder)
     except Failure as failure:
         console.error(f"{console.name}: {failure}")
-        return "again" if answer.reply.images else ""
+        return "again"
     if any(source.kind == "url" for source in answer.reply.images):
         os.makedirs(folder, 0o700, exist_ok=True)
     outcome = Outcome(task.request.command, task.request, answer=answer, job_id=entry.identity)
@@ -6381,7 +6387,7 @@ def deferred_task(entry: Entry, batch: Batch) -> tuple[Task, Plan]:
     output, name = part(line, "output", str) or None, entry.identity
     plan = Plan(-1, entry.id, name, entry.line, output, command, entry.estimate)
     plan = batch.plan_of.get(name, plan)._replace(id=entry.id, number=entry.number, output=output)
-    told = {key: value for key, value in line.items() if key not in ("schema", "time", "state")}
+    told = {key: line[key] for key in line if key not in ("schema", "time", "state")}
     console, keeper = JobConsole(batch.console, plan.name), JobKeeper(batch, told)
     session = batch.session._replace(console=console, keeper=keeper)
     return Task(request, batch.target(plan, request), batch.settings, session), plan
@@ -6863,6 +6869,8 @@ def command_batch(args: Args, session: Session) -> int:
     prepared = []
     if args.deferred:
         check_deferred(batch)
+        if lock and sweep_deferred(batch):
+            entries = plan_batch(batch)
         prepared = prepare_deferred(batch)
     check_folder(batch.folder)
     if not lock:
@@ -6907,7 +6915,10 @@ def plan_batch(batch: Batch) -> dict[str, Entry]:
 
 def begin_batch(batch: Batch, entries: dict[str, Entry]) -> None:
     """Make ready for the workers: jobs to look for first, the journal's word on what is redone."""
-    session = batch.session
+    session = batch.session._replace(part=f"{os.path.basename(batch.stem)}-")
+    for name in list_folder(batch.folder):
+        if name.startswith(f".{PROGRAM}-{session.part}") and name.endswith(".part"):
+            remove_file(os.path.join(batch.folder, name))  # of a run that was killed
     batch.folders = left_folders(batch, entries)
     if batch.settings.sandbox:
         batch.settings = start_sandbox(batch.settings)
@@ -6915,7 +6926,8 @@ def begin_batch(batch: Batch, entries: dict[str, Entry]) -> None:
     sends = [plan for plan in batch.plans if plan.send and not plan.look]
     if looks or sends:
         root = open_jobs_folder(batch.console, batch.args.concurrency)
-        batch.session = session._replace(root=root)
+        session = session._replace(root=root)
+    batch.session = session
     for plan in sends:
         if plan.entry and plan.entry.state in PAID_STATES and not plan.entry.redo:
             batch.journal.add({"state": REDO, **batch.entry(plan), "job_id": plan.entry.job_id})
