@@ -5907,6 +5907,7 @@ class Deferred(NamedTuple):
     endpoint: str  # generations or edits
     file_id: str = ""
     batch_id: str = ""
+    base: str = ""  # the server that has it
 
 
 def read_deferred(journal: str) -> dict[str, Deferred]:
@@ -5956,7 +5957,8 @@ def prepare_deferred(batch: Batch) -> list[tuple[Deferred, list[Plan]]]:
         label = f"{command} "
         plans = [plan for plan in batch.plans if plan.send and f"{plan.label} ".startswith(label)]
         if plans:
-            found.append((Deferred(os.urandom(8).hex(), "uploading", endpoint), plans))
+            key, base = os.urandom(8).hex(), batch.settings.base.url
+            found.append((Deferred(key, "uploading", endpoint, base=base), plans))
     try:
         for deferred, plans in found:
             write_requests(deferred, plans, batch)
@@ -5978,8 +5980,11 @@ def run_deferred(prepared: list[tuple[Deferred, list[Plan]]], batch: Batch) -> l
             batch.task(plan, keeper, batch.console)  # fills in what the journal says of a job
             batch.journal.add({"state": DEFERRED, **keeper.entry, "job_id": deferred.key})
         note_deferred(deferred, batch)  # after its jobs: what was killed before is in no batch
-    known = list(read_deferred(batch.journal.path).values())
-    pending = [create_deferred(one, batch) for one in known if one.step != "ended"]
+    known = [one for one in read_deferred(batch.journal.path).values() if one.step != "ended"]
+    for deferred in known:
+        if deferred.base not in ("", batch.settings.base.url):
+            raise Failure(f"a batch of these jobs is pending at {deferred.base}", EXIT_USAGE)
+    pending = [create_deferred(one, batch) for one in known]
     pending = [one for one in pending if one.step == "created"]
     for deferred in pending if batch.args.cancel else ():
         try:
