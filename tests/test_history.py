@@ -71,7 +71,7 @@ class HistoryCase(Case):
         lines = self.file.read_bytes().splitlines(keepends=True) if self.file.exists() else []
         self.assertEqual([line for line in lines if not line.endswith(b"\n")], [])
         # Who sees another's line half written ends it, which may leave an empty one.
-        return [json.loads(line) for line in lines if line]
+        return [json.loads(line) for line in lines if line.strip()]
 
     def generate(self, *argv: Argument, code: int = 0, prompt: str = "a fox") -> Run:
         """Run generate."""
