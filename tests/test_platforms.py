@@ -94,7 +94,8 @@ class TestCurlProgram(PlatformCase):
     def setUp(self) -> None:
         super().setUp()
         self.on_path = self.file("bin", "curl")
-        self.which = self.change(mock.patch("shutil.which", return_value=self.on_path))
+        self.exe_on_path = self.file("bin", "curl.exe")
+        os.environ["PATH"] = str(self.tmp / "bin")
 
     def test_windows_takes_its_own(self) -> None:
         self.on_windows()
@@ -103,7 +104,7 @@ class TestCurlProgram(PlatformCase):
 
     def test_an_old_windows_takes_the_one_on_the_path(self) -> None:
         self.on_windows()
-        self.assertEqual(gpt_image2.find_curl(), self.on_path)
+        self.assertEqual(gpt_image2.find_curl(), self.exe_on_path)
 
     def test_others_take_the_one_on_the_path(self) -> None:
         os.environ["SYSTEMROOT"] = str(self.tmp / "Windows")
@@ -118,26 +119,24 @@ class TestCurlProgram(PlatformCase):
             with self.subTest(root), mock.patch.dict(os.environ):
                 os.environ.pop("SYSTEMROOT")
                 os.environ.update({} if root is None else {"SYSTEMROOT": root})
-                self.assertEqual(gpt_image2.find_curl(), self.on_path)
+                self.assertEqual(gpt_image2.find_curl(), self.exe_on_path)
 
-    def test_nothing_of_the_current_folder_from_which(self) -> None:
-        """Windows' own which() looks in the current folder first, whatever path= says."""
+    def test_nothing_of_the_current_folder_by_the_path(self) -> None:
         self.on_windows()
         self.file("curl.exe")
-        for found in (os.path.join(os.curdir, "curl.exe"), "curl.exe"):
-            self.which.return_value = found
-            with self.subTest(found), self.assertRaises(Failure) as caught:
-                gpt_image2.find_curl()
-            self.assertEqual(caught.exception.exit_code, gpt_image2.EXIT_CONFIG)
+        os.environ["PATH"] = os.pathsep.join(["", ".", "bin", "./bin"])
+        with self.assertRaises(Failure) as caught:
+            gpt_image2.find_curl()
+        self.assertEqual(caught.exception.exit_code, gpt_image2.EXIT_CONFIG)
 
-    def test_relative_folders_of_the_path_are_passed_over(self) -> None:
-        there = str(self.tmp / "bin")
-        os.environ["PATH"] = os.pathsep.join(["", ".", "bin", there, "./bin"])
-        gpt_image2.find_curl()
-        self.assertEqual(self.which.call_args[1]["path"].split(os.pathsep), [there])
+    def test_what_can_not_be_run_is_passed_over(self) -> None:
+        os.chmod(self.on_path, 0o600)
+        second = self.file("second", "curl")
+        os.environ["PATH"] += os.pathsep + str(self.tmp / "second")
+        self.assertEqual(gpt_image2.find_curl(), second)
 
     def test_none_at_all(self) -> None:
-        self.which.return_value = None
+        os.environ["PATH"] = str(self.tmp / "empty")
         with self.assertRaises(Failure) as caught:
             gpt_image2.find_curl()
         self.assertEqual(caught.exception.exit_code, gpt_image2.EXIT_CONFIG)
