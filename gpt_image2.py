@@ -5659,7 +5659,8 @@ def decide(plan: Plan, pending: bool, redo: str | None) -> Plan:
     A --redo that was cut short is finished before another one begins (`pending`).
     """
     state = plan.entry.state if plan.entry else ""
-    named = redo == "all" or (redo not in (None, *REDO_WORDS) and plan.name in redo.split(","))
+    names = [] if redo is None or redo in REDO_WORDS else redo.split(",")
+    named = redo == "all" or plan.name in names
     again = named and bool(not pending or (plan.entry and plan.entry.redo))
     again = again or (redo == "failed" and state == REFUSED)
     again = again or (redo == "unknown" and state in (PARTIAL, SENT, UNKNOWN))
