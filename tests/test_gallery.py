@@ -181,7 +181,7 @@ class Upkeep(GalleryCase):
         self.prompts("a", "b", "c")
         tool = self.start_tool("batch", "jobs.jsonl")
         self.api.wait_for_request(3)
-        self.wait_until(lambda: len(self.painted()) == 2)
+        self.wait_until(lambda: len(list(self.folder.glob("0*.png"))) == 2)
         release.set()
         self.check(self.finish(tool), 0)
         self.assertEqual(self.shown(self.page()), ["0001.png", "0002.png", "0003.png"])
