@@ -48,6 +48,7 @@ EXIT_UNKNOWN = 8  # may be billed
 EXIT_PARTIAL = 9
 EXIT_UNSAVED = 10  # the answer is kept: recover
 
+ENDPOINTS = {"generate": "generations", "edit": "edits"}  # of /v1/images, by command
 PROGRAM = "gpt-image2"
 OPENAI_URL = "https://api.openai.com/v1"
 MEGABYTE = 1024 * 1024
@@ -1825,8 +1826,7 @@ def build_request(ask: Ask, settings: Settings, console: Console) -> Request:
         check_model(options["model"], settings.provider, console)
     ordered = {"model": options.pop("model"), "prompt": ask.prompt, **options}
     fields = overlay_params(ordered, ask.params)
-    endpoint = "edits" if ask.command == "edit" else "generations"
-    request = Request(ask.command, endpoint, tuple(fields.items()), files)
+    request = Request(ask.command, ENDPOINTS[ask.command], tuple(fields.items()), files)
     try:
         json_body(request).encode("utf-8")
     except UnicodeEncodeError:
@@ -3674,24 +3674,29 @@ def download_message(end: CurlEnd, link: Link) -> str:
     return f"the picture could not be fetched from {printable(link.host, 100)}: {why}"
 
 
+def resume_lines(path: str) -> list[bytes]:
+    """Return the config lines of a download into `path`, from where an earlier try was cut."""
+    if not os.path.exists(path):
+        private_file(path)
+    lines = [b"fail\nspeed-limit = 1\nspeed-time = 60\n", curl_line("output", path)]
+    return [*lines, b'continue-at = "-"\n'] if os.path.getsize(path) else lines
+
+
 def fetch(
     link: Link, path: str, job: Job, task: Task, with_key: bool
 ) -> tuple[CurlEnd, dict[str, str]]:
     """Run curl once for a link, going on where an earlier try was cut."""
     header_path, line_path = job.path("download-headers.txt"), job.path("download-curl.txt")
-    for name in (path, header_path):
-        if not os.path.exists(name):
-            private_file(name)
-    lines = [*connection_lines(task.settings, link.url, link.host), b"fail\n"]
-    lines += [curl_line("output", path), curl_line("dump-header", header_path)]
-    lines.append(b"max-filesize = %d\nspeed-limit = 1\nspeed-time = 60\n" % MAX_DOWNLOAD_BYTES)
+    if not os.path.exists(header_path):
+        private_file(header_path)
+    lines = [*connection_lines(task.settings, link.url, link.host), *resume_lines(path)]
+    lines.append(curl_line("dump-header", header_path))
+    lines.append(b"max-filesize = %d\n" % MAX_DOWNLOAD_BYTES)
     if link.address:
         pin = f"[{link.address}]" if ":" in link.address else link.address
         lines.append(curl_line("resolve", f"{link.host}:{link.port}:{pin}"))
     if with_key:
         lines += key_lines(task.settings)
-    if os.path.getsize(path):
-        lines.append(b'continue-at = "-"\n')
     end = run_curl(b"".join(lines), line_path, task.session, Watch(path))
     if end.signal:
         raise Interrupted(end.signal)
@@ -4365,7 +4370,7 @@ def keep_record(outcome: Outcome, task: Task) -> None:
     if not answer or answer.verdict.kind in ("refused", "unsent"):
         return
     entry = {
-        "time": utc_now(),
+        "time": utc_text(),
         "command": request.command,
         "host": settings.base.host,
         **{name: request.get(name) for name in ("model", "size", "quality", "prompt")},
@@ -5013,7 +5018,7 @@ class Journal:
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Append one line. Raises Failure where it can't: then nothing more may be sent."""
-        line = json.dumps({"schema": 1, "time": utc_now(), **entry}) + "\n"
+        line = json.dumps({"schema": 1, "time": utc_text(), **entry}) + "\n"
         line = self.console.scrub(line)
         with self.lock:
             try:
@@ -5025,6 +5030,10 @@ class Journal:
                 self.file = None  # a torn line is ended at the next opening
                 why = os_reason(error)
                 raise Failure(f"cannot write {self.path}: {why}", EXIT_REFUSED) from None
+
+    def tell(self, outcome: Outcome, entry: Mapping[str, Any], job_id: str) -> None:
+        """Append what came of a job."""
+        self.add({**outcome_entry(outcome, self.console), **entry, "job_id": job_id})
 
 
 def open_lines(path: str, mode: int = 0o600) -> IO[bytes]:
@@ -5045,9 +5054,9 @@ def write_line(file: IO[bytes], line: str) -> None:
         raise OSError("no space left on device")
 
 
-def utc_now() -> str:
-    """Return the time as logs hold it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def utc_text(seconds: float | None = None) -> str:
+    """Return a time, or the present one, as logs hold it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def read_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -5152,6 +5161,11 @@ def line_at(place: tuple[str, int]) -> dict[str, Any]:
     return values[0] if values and isinstance(values[0], dict) else {}
 
 
+def kept_part(line: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a job's line its next line says too."""
+    return {name: line[name] for name in line if name not in ("schema", "time", "state")}
+
+
 def state_of(outcome: Outcome) -> str:
     """Return the journal's word for an outcome: failed was not billed, refused is final too."""
     failure, answer = outcome.failure, outcome.answer
@@ -5210,6 +5224,11 @@ class Plan(NamedTuple):
     def name(self) -> str:
         """What its pictures are named after, and its messages led by."""
         return self.id or f"{self.number:04}"
+
+    @property
+    def command(self) -> str:
+        """generate or edit, which its label begins with."""
+        return self.label.partition(" ")[0]
 
 
 class Gate:
@@ -5275,8 +5294,7 @@ class JobKeeper(Keeper):
 
     def tell(self, outcome: Outcome, job_id: str) -> None:
         """Write an outcome into the journal."""
-        told = outcome_entry(outcome, self.console)
-        self.journal.add({**told, **self.entry, "job_id": job_id})
+        self.journal.tell(outcome, self.entry, job_id)
         self.told = True
 
 
@@ -5457,9 +5475,8 @@ class Batch:
             if self.args.fail_fast and failure:
                 self.stopping = self.stopping or f"{plan.name} {state} and --fail-fast is given"
         if console.json and state != LEFT:
-            document = outcome_document(outcome, console)
-            command = plan.label.partition(" ")[0]
-            self.console.document({**document, "command": command, "id": plan.name, "state": state})
+            document = {**outcome_document(outcome, console), "command": plan.command}
+            self.console.document({**document, "id": plan.name, "state": state})
         if failure:
             console.error(f"{console.name}: {failure}")
 
@@ -5894,7 +5911,7 @@ def show_batch(batch: Batch) -> int:
             keeper = JobKeeper(batch, batch.entry(plan))
             document = dry_run_document(batch.task(plan, keeper, console))
             more = {"id": plan.name, "action": action, "dry_run": document}
-            emit_document(plan.label.partition(" ")[0], more, console)
+            emit_document(plan.command, more, console)
         else:
             prompt = printable(str(batch.jobs.read(plan.row).get("prompt", "")), 40)
             console.emit(f"{plan.name}  {action}  {plan.label}  {prompt}")
@@ -5978,9 +5995,8 @@ def prepare_deferred(batch: Batch) -> list[tuple[Deferred, list[Plan]]]:
             batch.console.say("jobs that are in no batch yet are sent once this one has ended")
         return []
     found = []
-    for command, endpoint in (("generate", "generations"), ("edit", "edits")):
-        label = f"{command} "
-        plans = [plan for plan in batch.plans if plan.send and f"{plan.label} ".startswith(label)]
+    for command, endpoint in ENDPOINTS.items():
+        plans = [plan for plan in batch.plans if plan.send and plan.command == command]
         if plans:
             key, base = os.urandom(8).hex(), batch.settings.base.url
             found.append((Deferred(key, "uploading", endpoint, base=base), plans))
@@ -6029,9 +6045,7 @@ def sweep_deferred(batch: Batch) -> bool:
     entries = read_journals([batch.journal.path], False).values()
     lost = [entry for entry in entries if entry.state == DEFERRED and entry.job_id not in known]
     for entry in lost:
-        line = line_at(entry.place)
-        told = {name: line[name] for name in line if name not in ("schema", "time", "state")}
-        batch.journal.add({"state": FAILED, **told})
+        batch.journal.add({"state": FAILED, **kept_part(line_at(entry.place))})
     return bool(lost)
 
 
@@ -6303,14 +6317,11 @@ def fetch_file(file_id: str, deferred: Deferred, name: str, batch: Batch) -> str
 
 def fetch_part(file_id: str, path: str, line_path: str, batch: Batch) -> CurlEnd:
     """Run curl once for a file at the server, from where `path` ends."""
-    if not os.path.exists(path):
-        private_file(path)
     settings = batch.settings
     url = f"{settings.base.url}/files/{file_id}/content"
     patient = settings._replace(timeout=86400)  # it may be gigabytes; a stall ends it
     lines = [*connection_lines(patient, url, settings.base.host), *key_lines(settings)]
-    lines += [curl_line("output", path), b"fail\nspeed-limit = 1\nspeed-time = 60\n"]
-    lines += [b'continue-at = "-"\n'] if file_size(path) else []
+    lines += resume_lines(path)
     end = run_curl(b"".join(lines), line_path, batch.session, Watch(path))
     if end.signal:
         raise Interrupted(end.signal)
@@ -6412,13 +6423,11 @@ def deferred_task(entry: Entry, batch: Batch) -> tuple[Task, Plan]:
     line = line_at(entry.place)
     fields = {**part(line, "fields", dict), "prompt": part(line, "prompt", str)}
     command = "edit" if line.get("command") == "edit" else "generate"
-    endpoint = "edits" if command == "edit" else "generations"
-    request = Request(command, endpoint, tuple(fields.items()))
+    request = Request(command, ENDPOINTS[command], tuple(fields.items()))
     output, name = part(line, "output", str) or None, entry.identity
     plan = Plan(-1, entry.id, name, entry.line, output, command, entry.estimate)
     plan = batch.plan_of.get(name, plan)._replace(id=entry.id, number=entry.number, output=output)
-    told = {key: line[key] for key in line if key not in ("schema", "time", "state")}
-    console, keeper = JobConsole(batch.console, plan.name), JobKeeper(batch, told)
+    console, keeper = JobConsole(batch.console, plan.name), JobKeeper(batch, kept_part(line))
     session = batch.session._replace(console=console, keeper=keeper)
     return Task(request, batch.target(plan, request), batch.settings, session), plan
 
@@ -6909,8 +6918,10 @@ def command_batch(args: Args, session: Session) -> int:
         if os.path.exists(batch.journal.path):
             raise Failure("another run of this batch has just begun", hint="wait for it to end")
     begin_batch(batch, entries)
-    rows = run_deferred(prepared, batch) if args.deferred else []
-    if not args.deferred:
+    rows: list[dict[str, Any]] = []
+    if args.deferred:
+        rows = run_deferred(prepared, batch)
+    else:
         run_workers(batch)
     if rows:
         more = {"deferred": rows, "folder": batch.folder, "journal": batch.journal.path}
@@ -7066,8 +7077,7 @@ class RecoverKeeper(Keeper):
     def done(self, job: Job, outcome: Outcome) -> None:
         """Put on record what came of it; an outcome that stays unknown is there already."""
         if state_of(outcome) != UNKNOWN:
-            told = outcome_entry(outcome, self.journal.console)
-            self.journal.add({**told, **self.entry, "job_id": job.id})
+            self.journal.tell(outcome, self.entry, job.id)
 
 
 def recover_keeper(record: dict[str, Any], console: Console) -> Keeper:
@@ -7157,19 +7167,17 @@ def read_history(oldest: float) -> list[dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     try:
-        with open(os.path.join(state_root(), HISTORY), "rb") as file:
-            for number, line in enumerate(file):
-                for value in parse_json(line.decode("utf-8", "replace")):
-                    entry = sound_entry(value)
-                    if entry:
-                        job_id = str(entry.get("job_id") or number)
-                        before = found.get(job_id, {"paths": [], "cost": None})
-                        paths = dict.fromkeys(before["paths"] + entry["paths"])
-                        cost = entry["cost"] or before["cost"]
-                        found[job_id] = {**entry, "paths": list(paths), "cost": cost}
-    except OSError:
-        pass  # there is none yet
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(oldest))
+        for offset, value in read_lines(os.path.join(state_root(), HISTORY)):
+            entry = sound_entry(value)
+            if entry:
+                job_id = str(entry.get("job_id") or offset)
+                before = found.get(job_id, {"paths": [], "cost": None})
+                paths = dict.fromkeys(before["paths"] + entry["paths"])
+                cost = entry["cost"] or before["cost"]
+                found[job_id] = {**entry, "paths": list(paths), "cost": cost}
+    except Failure:
+        pass  # one that can't be read is none
+    stamp = utc_text(oldest)
     entries = [entry for entry in found.values() if entry["time"] >= stamp]
     return sorted(entries, key=lambda entry: str(entry["time"]))
 

@@ -13,10 +13,12 @@ from typing import Any, Mapping
 
 from tests.faults import Stage
 from tests.pictures import png
-from tests.support import Argument, Reply, Request, Run, answer
+from tests.support import Argument, Reply, Request, Run, answer, refusal
 
 POLICY = "moderation_blocked"
 LOW = ("--quality", "low")
+BAD_REQUEST = refusal(400, "invalid_value", "No such size.")
+UNAUTHORIZED = refusal(401, "invalid_api_key", "Wrong key.")
 
 
 def prompt_of(request: Request) -> str:

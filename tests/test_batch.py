@@ -10,7 +10,7 @@ import time
 import unittest
 from typing import Any
 
-from tests.batches import LOW, POLICY, BatchCase, drawn
+from tests.batches import BAD_REQUEST, LOW, POLICY, UNAUTHORIZED, BatchCase, drawn
 from tests.pictures import jpeg, png
 from tests.support import (
     KEY,
@@ -25,8 +25,6 @@ from tests.support import (
     stop,
 )
 
-BAD_REQUEST = refusal(400, "invalid_value", "No such size.")
-UNAUTHORIZED = refusal(401, "invalid_api_key", "Wrong key.")
 PICTURE_COST = 0.00828  # OPENAI_USAGE at OpenAI's prices
 LOW_ESTIMATE = 0.0059  # a low 1024x1024: 16 * 16 * (2,000,000 + 1024 * 1024) / 4,000,000 tokens
 

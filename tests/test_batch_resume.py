@@ -12,7 +12,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from tests.batches import LOW, POLICY, BatchCase, drawn
+from tests.batches import BAD_REQUEST, LOW, POLICY, UNAUTHORIZED, BatchCase, drawn
 from tests.pictures import png
 from tests.storm import storm
 from tests.support import (
@@ -25,8 +25,6 @@ from tests.support import (
     refusal,
 )
 
-BAD_REQUEST = refusal(400, "invalid_value", "No such size.")
-UNAUTHORIZED = refusal(401, "invalid_api_key", "Wrong key.")
 OOPS = refusal(500, "server_error", "Oops.")
 SILENT = Reply(silent=True)
 
