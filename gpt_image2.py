@@ -5800,9 +5800,12 @@ def time_text(seconds: float) -> str:
 
 def run_workers(batch: Batch) -> None:
     """Work off the queue in threads; this one shows progress and takes the signals."""
-    from threading import Event, Thread
+    from queue import Empty, SimpleQueue
+    from threading import Thread
 
-    changed, progress, gallery = Event(), BatchProgress(batch), Gallery(batch)
+    # Not an Event: a signal that raises in its wait() may find the lock inside it let go already.
+    ended: SimpleQueue[None] = SimpleQueue()
+    progress, gallery = BatchProgress(batch), Gallery(batch)
     interrupted = False
 
     def work() -> None:
@@ -5811,7 +5814,7 @@ def run_workers(batch: Batch) -> None:
         finally:
             with batch.lock:
                 batch.working -= 1
-            changed.set()
+            ended.put(None)
 
     batch.working = min(batch.args.concurrency, len(batch.queue))
     for _ in range(batch.working):
@@ -5819,17 +5822,18 @@ def run_workers(batch: Batch) -> None:
     while batch.working:
         try:
             if interrupted:
-                changed.wait(0.2)
+                ended.get(timeout=0.2)
             else:
                 with SIGNALS:
-                    changed.wait(min(progress.interval, 1.0))
+                    ended.get(timeout=min(progress.interval, 1.0))
+        except Empty:
+            pass
         except Interrupted:
             if interrupted:
                 raise  # the second one: leave now
             interrupted = True
             under_way = plural(len(batch.in_flight), "request")
             batch.console.say(f"stopping; {under_way} under way: {STOP_GRACE_SECONDS:.0f} s more")
-        changed.clear()
         gallery.refresh()
         progress.tick(0)
     progress.stop()

@@ -708,9 +708,10 @@ def mid_answer(number: int, *, finishes: bool) -> Play:
 def held_mid_answer(stage: Stage, *more: Argument) -> tuple[Child, threading.Event]:
     """Return a call that has two of three pictures, and the Event that lets the third come."""
     release = threading.Event()
-    stage.serve_base(in_two(THREE, middle_of(THREE, THIRD), release))
+    middle = middle_of(THREE, THIRD)
+    stage.serve_base(in_two(THREE, middle, release))
     tool = stage.start_tool(*FOXES, *more)
-    stage.wait_until(lambda: stage.answered() > 0)
+    stage.wait_until(lambda: stage.answered() >= middle)
     return tool, release
 
 

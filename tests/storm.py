@@ -111,6 +111,7 @@ def storm(jobs: int, kills: int, concurrency: int, seed: int, root: Path) -> Res
         codes.append(tool.wait())
         if killed >= kills and codes[-1] >= 0:
             break
+    log.close()
     seconds = time.monotonic() - started
     saved = collections.Counter(path.read_bytes() for path in (root / "jobs").glob("*.png"))
     due = {picture_of(prompt): prompt for prompt in weather.first}
