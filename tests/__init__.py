@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import unittest
 
@@ -15,6 +16,10 @@ MEMORY = "/dev/shm"  # files that are gone in a moment need no disk, where Linux
 roomy = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**31
 if roomy and not os.environ.get("TMPDIR"):
     tempfile.tempdir = MEMORY
+
+# A shell's `&` may have us ignore Ctrl-C, and so would each tool that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def load_tests(loader: unittest.TestLoader, _: object, pattern: str | None) -> unittest.TestSuite:
