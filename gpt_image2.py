@@ -68,6 +68,7 @@ MAX_PROMPT_CHARACTERS = 32_000  # SDK
 ANSWER_BYTES = 40 * MEGABYTE  # what one 4K picture in base64 may take in an answer
 MAX_WAIT_SECONDS = 120  # a longer Retry-After is not waited for, as in the official SDK
 STOP_GRACE_SECONDS = 10.0  # what an answer that has begun gets after Ctrl-C
+ACCOUNT_REFUSALS = 10  # so many jobs in a row, refused for the key or the account, end a batch
 KEEP_EMPTY_DAYS = 7
 WINDOW = 256 * 1024  # bytes read at once; 128 KB to 1 MB are best (measured)
 LONG_STRING = 64 * 1024  # a JSON string over this many bytes stays in the file
@@ -2065,11 +2066,21 @@ def form_fields(request: Request) -> list[tuple[str, str]]:
 
 def request_hash(request: Request) -> str:
     """Return what makes two requests the same: endpoint, fields, and the input files' bytes."""
-    from hashlib import sha256
-
     files = [(file.field, file.sha256) for file in request.files]
     text = json.dumps([request.endpoint, sorted(request.fields), files], sort_keys=True)
-    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return light_sha256(text.encode("utf-8", "surrogatepass"))
+
+
+def light_sha256(data: bytes) -> str:
+    """Return the SHA-256 of a short text; to load OpenSSL for it takes 3 ms and 3.5 MB."""
+    for module in ("_sha2", "_sha256"):  # Python's own, from 3.12 on and before
+        try:
+            return str(__import__(module).sha256(data).hexdigest())
+        except ImportError:
+            continue
+    from hashlib import sha256
+
+    return sha256(data).hexdigest()
 
 
 ################################################################################
@@ -3744,9 +3755,11 @@ def write_picture(
 
     Raises OSError where the folder can't take it, Failure where the bytes are no whole picture.
     """
-    from hashlib import sha256
+    digest = None
+    if session.digest:
+        from hashlib import sha256
 
-    digest = sha256() if session.digest else None
+        digest = sha256()
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{PROGRAM}-{session.part}{os.urandom(6).hex()}.part")
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
@@ -5322,6 +5335,7 @@ class Batch:
         self.in_flight: dict[int, float] = {}  # estimates by row
         self.queue: list[Plan] = []  # the next one last
         self.stopping = ""  # why no more jobs are begun
+        self.account_refusals = 0  # in a row, up to now
         self.broken: Failure | None = None
         self.folders: dict[str, str] = {}  # job folders of earlier runs, by id
 
@@ -5474,6 +5488,11 @@ class Batch:
             self.cost += cost if state in (SAVED, PARTIAL) else 0.0
             if self.args.fail_fast and failure:
                 self.stopping = self.stopping or f"{plan.name} {state} and --fail-fast is given"
+            account = failure and (failure.exit_code == EXIT_AUTH or failure.hint == QUOTA_HINT)
+            self.account_refusals = self.account_refusals + 1 if account else 0
+            if self.account_refusals >= ACCOUNT_REFUSALS:
+                why = f"the last {ACCOUNT_REFUSALS} jobs were refused for the key or the account"
+                self.stopping = self.stopping or why
         if console.json and state != LEFT:
             document = {**outcome_document(outcome, console), "command": plan.command}
             self.console.document({**document, "id": plan.name, "state": state})

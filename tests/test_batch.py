@@ -390,6 +390,22 @@ class DryRun(BatchCase):
 class Verdicts(BatchCase):
     """What the journal says of an outcome, what the exit code says of all of them."""
 
+    def test_ten_refusals_of_the_account_in_a_row_end_it(self) -> None:
+        spent = refusal(429, "insufficient_quota", "Pay first.", type="insufficient_quota")
+        for code, reply in ((4, UNAUTHORIZED), (6, spent)):
+            with self.subTest(code=code):
+                names = [f"{code}-{number:02}" for number in range(18)]
+                for name in names[:15]:  # the fifth says nothing of the account
+                    self.painter.order(name, BAD_REQUEST if name == names[4] else reply)
+                self.prompts(*names)
+                before = len(self.posted())
+                run = self.batch("--concurrency", "1", "--output-dir", str(code), code=1)
+                told = "0 of 18 jobs are saved; the last 10 jobs were refused for the key or"
+                self.assertIn(told, run.err)
+                self.assertEqual(self.posted()[before:], names[:15])
+                run = self.batch("--output-dir", str(code), code=9)
+                self.assertEqual(len(run.saved), 17)
+
     def test_states(self) -> None:
         location = [("Location", "https://elsewhere.example/v1")]
         limit = refusal(429, "insufficient_quota", "Pay first.", type="insufficient_quota")
