@@ -4824,12 +4824,22 @@ class JobsFile:
             self.spool.seek(self.rows[row][1])
             text = self.spool.readline()
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=no_twins)
         except (ValueError, RecursionError) as error:
             raise Failure(f"it is not JSON: {error}") from None
         if not isinstance(value, dict):
             raise Failure('it is not an object like {"prompt": "a fox"}')
         return value
+
+
+def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; one with a key twice is refused, as nobody knows which is meant."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise Failure(f"{printable(twin, 60)!r} stands twice in one object")
+    return value
 
 
 def read_jobs_file(path: str) -> JobsFile:
@@ -4891,7 +4901,7 @@ def take_line(number: int, line: bytes, text: bool, jobs: JobsFile) -> None:
 def take_array(data: bytes, jobs: JobsFile) -> None:
     """Take in the elements of one JSON array."""
     try:
-        elements = json.loads(data.decode("utf-8"))
+        elements = json.loads(data.decode("utf-8"), object_pairs_hook=no_twins)
     except (ValueError, RecursionError) as error:
         raise Failure(f"the jobs file is no JSON array: {error}") from None
     jobs.word = "item"
@@ -5675,8 +5685,9 @@ def check_names(plans: Iterable[Plan], batch: Batch) -> None:
     for plan in plans:
         first = names.setdefault(plan.name, plan.row)
         if first != plan.row:
-            lines = [batch.jobs.rows[row][0] for row in (plan.row, first)]
-            raise Failure("line {}: line {} is saved under this name already".format(*lines))
+            rows = (batch.jobs.rows[row][0] for row in (plan.row, first))
+            this, other = (f"{batch.jobs.word} {row}" for row in rows)
+            raise Failure(f"{this}: {other} is saved under this name already")
 
 
 def check_foreign(plans: list[Plan], known: set[str], batch: Batch) -> None:
@@ -6966,8 +6977,8 @@ def plan_batch(batch: Batch) -> dict[str, Entry]:
     capped = batch.args.max_cost is not None and not batch.settings.sandbox
     for plan in batch.plans:
         if capped and plan.send and not plan.estimate:
-            line = batch.jobs.rows[plan.row][0]
-            raise Failure(f"line {line}: no price is known for it, so --max-cost can't be kept")
+            line = f"{batch.jobs.word} {batch.jobs.rows[plan.row][0]}"
+            raise Failure(f"{line}: no price is known for it, so --max-cost can't be kept")
     for plan in batch.plans:
         state = plan.entry.state if plan.entry else LEFT
         batch.states[plan.row] = LEFT if plan.send else "skipped" if state == SAVED else state

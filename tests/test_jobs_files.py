@@ -89,6 +89,7 @@ class Kinds(JobsFileCase):
             (b"[]", "no job"),
             (b'[{"prompt": "a"}', "no JSON array"),
             (b'[{"prompt": "a\xff"}]', "no JSON array"),
+            (b'[{"prompt": "a", "prompt": "b"}]', "'prompt' stands twice"),
         ]
         for number, (data, why) in enumerate(table):
             with self.subTest(data=data):
@@ -274,6 +275,8 @@ class BadLines(JobsFileCase):
             ("a fox", "not JSON"),
             ("[1]", "not an object"),
             ('"a fox"', "not an object"),
+            ('{"prompt": "a", "n": 2, "prompt": "b"}', "'prompt' stands twice"),
+            ('{"prompt": "a", "params": {"x": 1, "x": 2}}', "'x' stands twice"),
             ({}, "no prompt"),
             ({"prompt": ""}, "empty"),
             ({"prompt": 7}, "not a text"),
