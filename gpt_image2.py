@@ -2478,10 +2478,8 @@ def create_job(task: Task) -> Job:
     """Make the job folder with everything that curl will read. Raises Failure (nothing sent)."""
     root = task.session.root or open_jobs_folder(task.console, task.request.total)
     record = job_record(task)
-    stamp = job_stamp(time.time())
-    folder = os.path.join(root, f"{stamp}-{record['hash'][:8]}{os.urandom(2).hex()}")
+    folder = new_job_folder(root, record["hash"])
     try:
-        os.mkdir(folder, 0o700)
         private_file(os.path.join(folder, LOCK))
         lock = try_lock(os.path.join(folder, LOCK))
         assert lock, "a new lock is free"
@@ -2495,6 +2493,20 @@ def create_job(task: Task) -> Job:
         remove_folder(folder)
         raise Failure(f"cannot keep the job in {folder}: {os_reason(error)}") from None
     return job
+
+
+def new_job_folder(root: str, request_hash: str) -> str:
+    """Make and return a folder of a name that no job has, though many be made in this second."""
+    while True:
+        name = f"{job_stamp(time.time())}-{request_hash[:8]}{os.urandom(2).hex()}"
+        folder = os.path.join(root, name)
+        try:
+            os.mkdir(folder, 0o700)
+            return folder
+        except FileExistsError:  # the same request, and the same 16 bits
+            continue
+        except OSError as error:
+            raise Failure(f"cannot keep the job in {folder}: {os_reason(error)}") from None
 
 
 def open_jobs_folder(console: Console, pictures: int) -> str:

@@ -9,7 +9,9 @@ import subprocess
 import threading
 from pathlib import Path
 from typing import Callable
+from unittest import mock
 
+import gpt_image2
 from tests.faults import FIRST, FOX, FOXES, SECOND, THIRD, Stage, cut_in, held_mid_answer
 from tests.pictures import png
 from tests.support import KEY, Api, Argument, Child, Reply, Run, answer, page, refusal
@@ -100,6 +102,16 @@ class TestJobFolder(Stage):
         self.assertIn(b'a "fox"\nin snow', texts)
         release.set()
         self.check(self.finish(tool), 0)
+
+    def test_a_name_that_another_one_has_is_left_to_it(self) -> None:
+        draws = [b"ab", b"ab", b"ab", b"cd"]
+        with mock.patch("os.urandom", side_effect=draws), mock.patch("time.time", return_value=0):
+            first = gpt_image2.new_job_folder(str(self.tmp), "01234567")
+            Path(first, "response.json").write_bytes(b"paid for")
+            second = gpt_image2.new_job_folder(str(self.tmp), "01234567")
+        self.assertEqual(Path(first).name, "19700101T000000Z-012345676162")
+        self.assertEqual(Path(second).name, "19700101T000000Z-012345676364")
+        self.assertEqual(Path(first, "response.json").read_bytes(), b"paid for")
 
     def test_is_gone_once_all_is_said(self) -> None:
         for name, code, replies in (
