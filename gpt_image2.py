@@ -133,7 +133,6 @@ class Model(NamedTuple):
     family: str = "2"
     owner: str = "openai"
     ends: str = ""  # the day it is, or was, shut down
-    successor: str = "gpt-image-2"
 
 
 OLD_SIZES = ("1024x1024", "1536x1024", "1024x1536")
@@ -411,19 +410,7 @@ class Args:
 
     command: str
     words: list[str]
-    prompt: str | None = None
-    prompt_file: str | None = None
-    image: list[str] | None = None
-    mask: str | None = None
-    mask_box: tuple[int, int, int, int] | None = None
-    markup: str | None = None
-    param: list[tuple[str, Any]] | None = None
-    output: str | None = None
     output_dir: str | None = None
-    profile: str | None = None
-    base_url: str | None = None
-    api_key_env: str | None = None
-    config: str | None = None
     port: int = 0
     concurrency: int = 4
     older_than: int = 7 * 86400  # seconds
@@ -1063,19 +1050,18 @@ def size_text(size: tuple[int, int] | None) -> str:
 Layer = Tuple[str, Dict[str, Any]]  # a name to show, and its settings
 
 
-def read_digits(text: Any, low: int, high: int) -> int:
-    """Return a whole number written in ASCII digits within bounds; ValueError says what is."""
-    if isinstance(text, bool) or not re.fullmatch("[0-9]{1,9}", str(text)):
-        raise ValueError(f"{text!r} is not a whole number from {low} to {high}")
-    if not low <= int(text) <= high:
-        raise ValueError(f"{text} is outside {low} to {high}")
-    return int(text)
-
-
 def read_number(kind: str) -> Callable[[Any], int]:
-    """Return the reader of a whole number whose kind is `low..high`."""
-    low, high = kind.split("..")
-    return lambda value: read_digits(value, int(low), int(high))
+    """Return the reader of a whole number in ASCII digits whose kind is `low..high`."""
+    low, high = map(int, kind.split(".."))
+
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not re.fullmatch("[0-9]{1,9}", str(value)):
+            raise ValueError(f"{value!r} is not a whole number from {low} to {high}")
+        if not low <= int(value) <= high:
+            raise ValueError(f"{value} is outside {low} to {high}")
+        return int(value)
+
+    return read
 
 
 def read_truth(value: Any) -> bool:
@@ -1380,12 +1366,6 @@ def find_config(flag: str | None, env: dict[str, str]) -> str | None:
     return next((path for path in config_places(env) if os.path.lexists(path)), None)
 
 
-def environment_layer(env: dict[str, str]) -> Layer:
-    """Return what the environment sets; an empty variable sets nothing."""
-    found = {key: env.get(f"GPT_IMAGE2_{key.upper()}") for key in SETTINGS}
-    return "environment", {key: value for key, value in found.items() if value}
-
-
 def file_layers(
     path: str | None, profile: str | None, spare: str | None, console: Console
 ) -> list[Layer]:
@@ -1581,7 +1561,8 @@ def resolve_settings(args: Args, console: Console) -> Settings:
     env = dict(os.environ)
     values = {key: getattr(args, key) for key in SETTINGS}
     flags = {key: value for key, value in values.items() if value is not None}
-    environment = environment_layer(env)
+    found = {key: env.get(f"GPT_IMAGE2_{key.upper()}") for key in SETTINGS}
+    environment = ("environment", {key: value for key, value in found.items() if value})
     path = find_config(args.config, env)
     spare = environment[1].get("profile")
     files = file_layers(path, args.profile, spare, console)
@@ -1691,31 +1672,24 @@ def read_mask_box(text: str) -> tuple[int, int, int, int]:
     return int(match[1]), int(match[2]), int(match[3]), int(match[4])
 
 
-def read_stdin() -> bytes:
-    """Return what standard input holds, as far as a prompt may be long."""
-    try:
-        with SIGNALS:
-            return sys.stdin.buffer.read(MEGABYTE + 1)
-    except (OSError, ValueError, AttributeError):
-        raise Failure("standard input is closed, so there is no prompt to read") from None
-
-
 def read_prompt_file(path: str) -> str:
     """Return the prompt in a file, or in standard input for `-`, less a BOM and one newline."""
     name = "standard input" if path == "-" else path
     try:
         if path == "-":
-            data = read_stdin()
+            with SIGNALS:
+                data = sys.stdin.buffer.read(MEGABYTE + 1)
         else:
             with open(path, "rb") as file:
                 data = file.read(MEGABYTE + 1)
         if len(data) > MEGABYTE:
             raise Failure(f"the prompt in {name} is longer than {MEGABYTE} bytes")
         text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise Failure(f"cannot read the prompt file {path}: {os_reason(error)}") from None
     except UnicodeDecodeError:
         raise Failure(f"the prompt in {name} is not UTF-8") from None
+    except (OSError, ValueError, AttributeError) as error:  # a closed stdin is None, or an object
+        why = os_reason(error) if isinstance(error, OSError) else "it is closed"
+        raise Failure(f"cannot read the prompt in {name}: {why}") from None
     return re.sub(r"\r?\n\Z", "", text)
 
 
@@ -1846,7 +1820,7 @@ def check_model(name: str, provider: Provider, console: Console) -> None:
         days = (time.mktime(time.strptime(model.ends, "%Y-%m-%d")) - time.time()) / 86400
         if days < 60:
             when = "shuts down" if days > 0 else "was shut down"
-            console.warn(f"OpenAI: {name} {when} on {model.ends}; use {model.successor}")
+            console.warn(f"OpenAI: {name} {when} on {model.ends}; use {DEFAULT_MODEL}")
 
 
 def check_size(
@@ -1957,7 +1931,13 @@ def read_attachments(ask: Ask, strict: bool, console: Console) -> tuple[Attachme
         raise Failure(f"{names} can't go together")
     files = [read_attachment("image", path) for path in ask.images]
     for image in files:
-        check_input_image(image, strict, console)
+        kind, told = image.info.format, f"image {image.path}"
+        if kind not in ("png", "jpeg", "webp"):
+            sentence = f"{told} is {kind}; the API takes png, jpeg and webp"
+            apply_rule(sentence, "strict", strict, console)
+        if image.size >= MAX_INPUT_BYTES:
+            sentence = f"{told} has {image.size} bytes; the API's limit is 50 MB"
+            apply_rule(sentence, "strict", strict, console)
     first = files[0].info
     if ask.mask_box:
         files.append(box_mask(ask.mask_box, first))
@@ -1989,16 +1969,6 @@ def read_attachment(field: str, path: str) -> Attachment:
     if not info:
         raise Failure(f"{field} {path} is {'empty' if not size else 'not a picture'}")
     return Attachment(field, os.path.abspath(path), info, size, digest.hexdigest())
-
-
-def check_input_image(image: Attachment, strict: bool, console: Console) -> None:
-    """Check what the API says of each image: its type and its size in bytes."""
-    if image.info.format not in ("png", "jpeg", "webp"):
-        sentence = f"image {image.path} is {image.info.format}; the API takes png, jpeg and webp"
-        apply_rule(sentence, "strict", strict, console)
-    if image.size >= MAX_INPUT_BYTES:
-        sentence = f"image {image.path} has {image.size} bytes; the API's limit is 50 MB"
-        apply_rule(sentence, "strict", strict, console)
 
 
 def check_overlay(overlay: Attachment, first: PictureInfo, strict: bool, console: Console) -> None:
@@ -2095,16 +2065,12 @@ def check_path(path: str) -> None:
         raise Failure(f"{path!a} holds control characters", hint="rename it")
 
 
-def random_stem(suffix: str = "") -> str:
-    """Return YYYY-MM-DD-<8 random hex>: sorts by day, never guesses what exists."""
-    return f"{time.strftime('%Y-%m-%d')}-{os.urandom(4).hex()}{suffix}"
-
-
 def plan_target(
     output: str | None, output_dir: str | None, request: Request, settings: Settings, force: bool
 ) -> Target:
     """Return where the pictures of a request go. Touches nothing."""
-    stems = tuple(random_stem("-sandbox" if settings.sandbox else "") for _ in range(request.total))
+    day, mark = time.strftime("%Y-%m-%d"), "-sandbox" if settings.sandbox else ""
+    stems = tuple(f"{day}-{os.urandom(4).hex()}{mark}" for _ in range(request.total))
     folder = os.path.expanduser(settings.output_dir)
     if output == "-":
         if request.total > 1:
@@ -3107,23 +3073,17 @@ def scan_reply(file: IO[bytes], first: bytes, skeleton: Skeleton, salvage: bool)
     return reply
 
 
-def bounded(kind: Callable[[str], float]) -> Callable[[str], float]:
-    """Return a reader of numbers that takes absurd ones, 5,000 digits or 1e999, for 0."""
-    return lambda digits: (
-        kind(digits) if len(digits) < 32 and abs(float(digits)) < 1e15 else kind("0")
-    )
-
-
 def parse_json(text: str) -> list[Any]:
-    """Return the one JSON value in a text, or nothing for one that is cut, too deep or none."""
+    """Return the one JSON value in a text, or nothing for one that is cut, too deep or none.
+
+    Raw line breaks in base64 are harmless; absurd numbers (5,000 digits, 1e999) are taken for 0.
+    """
     try:
-        # Raw line breaks in base64 are harmless, and so is a number that nothing could hold.
-        whole, real = bounded(int), bounded(float)
         value = json.loads(
             text,
             strict=False,
-            parse_int=whole,
-            parse_float=real,
+            parse_int=lambda digits: int(digits) if len(digits) < 16 else 0,
+            parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e15 else 0.0,
             parse_constant=lambda name: None,  # NaN, Infinity
         )
         return [value]
@@ -3270,23 +3230,12 @@ def span_pieces(file: IO[bytes], span: Span) -> Iterator[bytes]:
         rest = b""
         if b"\\" in piece:
             if left:  # an escape may be cut by the window's end
-                cut = escape_cut(piece)
+                last = piece.rfind(b"\\", max(0, len(piece) - 6))
+                cut = len(piece) if last < 0 else len(piece[:last].rstrip(b"\\"))
                 piece, rest = piece[:cut], piece[cut:]
             text = json.loads(b'"' + piece + b'"', strict=False)
             piece = text.encode("utf-8", "surrogatepass")
         yield piece
-
-
-def escape_cut(piece: bytes) -> int:
-    """Return where to cut a piece so that no JSON escape is torn."""
-    last = piece.rfind(b"\\", max(0, len(piece) - 6))
-    if last < 0:
-        return len(piece)
-    before = piece[:last]
-    if (len(before) - len(before.rstrip(b"\\"))) % 2:
-        return len(piece)  # it is the second of a pair
-    length = 6 if piece[last + 1 : last + 2] == b"u" else 2
-    return last if len(piece) - last < length else len(piece)
 
 
 URL_ALPHABET = bytes.maketrans(b"-_", b"+/")
@@ -3354,7 +3303,8 @@ def judge(end: CurlEnd, headers: dict[str, str], reply: Reply, settings: Setting
     if status < 200:
         return judge_silence(end, settings)
     if 300 <= status < 400:
-        message = f"HTTP {status}: the server points elsewhere{moved_to(headers)}"
+        target = printable(re.sub(r"[?#].*", "", headers.get("location", "")), 200)
+        message = f"HTTP {status}: the server points elsewhere{target and f', to {target}'}"
         failure = Failure(message, EXIT_REFUSED, hint="the base URL is wrong", http_status=status)
         return Verdict("refused", failure)
     if status < 300:
@@ -3362,12 +3312,6 @@ def judge(end: CurlEnd, headers: dict[str, str], reply: Reply, settings: Setting
     if status in (408, 409) or status >= 500:
         return judge_server_error(headers, reply, status)
     return judge_refusal(headers, reply, status)
-
-
-def moved_to(headers: dict[str, str]) -> str:
-    """Return the words that name a redirect's target, less its query."""
-    target = re.sub(r"[?#].*", "", headers.get("location", ""))
-    return f", to {printable(target, 200)}" if target else ""
 
 
 def judge_silence(end: CurlEnd, settings: Settings) -> Verdict:
@@ -3423,10 +3367,11 @@ def free_failure(lead: str, end: CurlEnd) -> Failure:
 def judge_no_image(end: CurlEnd, reply: Reply, status: int) -> Verdict:
     """Judge a 2xx without a picture: an error inside it, an unreadable body, or nothing."""
     if reply.error:
-        verdict = judge_inner_error(reply.error, status)
-        if verdict:
-            return verdict
-        code = reply.error.code or reply.error.type
+        code, known = reply.error.code or reply.error.type, known_error(reply.error)
+        if not known and re.fullmatch("4(?!08|09)[0-9][0-9]", reply.error.code):
+            known = (STATUS_EXITS.get(int(reply.error.code), EXIT_REFUSED), "")
+        if known:
+            return refuse_with(reply.error, status, *known)
         return unknown(f"HTTP {status} with {error_text(reply.error)}", status, "", code)
     if end.code:
         row = CURL_EXITS.get(end.code, CurlExit(f"curl ended with {end.code}"))
@@ -3438,16 +3383,6 @@ def judge_no_image(end: CurlEnd, reply: Reply, status: int) -> Verdict:
     what = {"json": "the JSON is cut or broken", "empty": "the body is empty"}
     why = what.get(reply.kind, f"the body is {reply.kind}: {reply.excerpt[:100]!r}")
     return unknown(f"HTTP {status}, but {why}", status)
-
-
-def judge_inner_error(error: ApiError, status: int) -> Verdict | None:
-    """Return the refusal that an error inside a 200 surely is, or None where it may be billed."""
-    known = known_error(error)
-    if not known and re.fullmatch("4[0-9][0-9]", error.code) and error.code not in ("408", "409"):
-        known = (STATUS_EXITS.get(int(error.code), EXIT_REFUSED), "")
-    if not known:
-        return None
-    return refuse_with(error, status, *known)
 
 
 def known_error(error: ApiError) -> tuple[int, str] | None:
@@ -3786,7 +3721,10 @@ def write_picture(
             file.flush()
             os.fsync(file.fileno())  # the answer is removed after this: it must be on the disk
             size = file.seek(0, os.SEEK_END)
-            info = check_picture(inspect_picture(file))
+            info = inspect_picture(file)
+        if not info or not info.whole:
+            why = "is cut: its end is missing" if info else "is no picture"
+            raise Failure(f"what came {why}", EXIT_UNSAVED, code="bad_image")
         open_to_others(temporary, session.mode)
         path = publish(temporary, name(FORMATS[info.format][0][0]), force)
     finally:
@@ -3802,14 +3740,6 @@ def open_to_others(path: str, mode: int) -> None:
         os.chmod(path, mode)
     except OSError:
         pass
-
-
-def check_picture(info: PictureInfo | None) -> PictureInfo:
-    """Return what the bytes are, if they are a whole picture; Failure else."""
-    if info and info.whole:
-        return info
-    why = "is cut: its end is missing" if info else "is no picture"
-    raise Failure(f"what came {why}", EXIT_UNSAVED, code="bad_image")
 
 
 def publish(temporary: str, path: str, force: bool) -> str:
@@ -3962,7 +3892,7 @@ def check_against_request(index: int, picture: Picture, task: Task) -> None:
 ################################################################################
 # A saved picture in the terminal itself, by the protocol that the terminal speaks.
 
-KITTY, ITERM = "kitty", "iterm2"
+KITTY = "kitty"
 # Variable, what it holds there, protocol: each terminal's own documents, 2026-11-21. The first row
 # that fits counts, so that a terminal within another wins by what it sets itself.
 TERMINALS = tuple(
@@ -4085,11 +4015,7 @@ class Cost(NamedTuple):
         mark = "about " if self.estimated else ""
         if self.currency == "USD":
             return f"{mark}${self.amount:.4f}"
-        return (
-            f"{mark}{self.amount:.4g} {self.currency}"
-            if self.amount < 1
-            else (f"{mark}{self.amount:.0f} {self.currency}")
-        )
+        return f"{mark}{self.amount:{'.4g' if self.amount < 1 else '.0f'}} {self.currency}"
 
 
 class Price(NamedTuple):
@@ -4140,11 +4066,6 @@ def read_usage(usage: dict[str, Any] | None) -> Tokens | None:
     total = count(usage, "total_tokens") or total_in + out
     cached = min(count(details, "cached_tokens"), total_in)
     return Tokens(total_in - image_in, image_in, cached, out, total) if total else None
-
-
-def priced(tokens: Tokens) -> bool:
-    """Return whether it is known of which kind the tokens are."""
-    return bool(tokens.text_in or tokens.image_in or tokens.out)
 
 
 def price_of(model: str, settings: Settings) -> tuple[Price, str] | None:
@@ -4344,7 +4265,9 @@ def perform(task: Task) -> Outcome:
         task.console.say(f"resumed: job {job.id} already has this request; --new sends another")
     else:
         job = create_job(task)
-        announce(task)
+        shown = [task.request.get(name) for name in ("model", "size", "quality")]
+        url = f"{task.settings.base.url}/images/{task.request.endpoint}"
+        task.console.say(" ".join(["POST", url, *(str(word) for word in shown if word)]))
     return carry_out(job, task)
 
 
@@ -4385,7 +4308,7 @@ def answer_cost(answer: Answer, request: Request, settings: Settings) -> Cost | 
     header = answer.headers.get("x-litellm-response-cost", "")
     if not settings.prices and re.fullmatch(r"[0-9]+(\.[0-9]+)?(e-?[0-9]+)?", header):
         return Cost(float(header), "USD")
-    if not tokens or not known or not priced(tokens):
+    if not tokens or not known or not (tokens.text_in or tokens.image_in or tokens.out):
         return None
     return Cost(token_cost(tokens, known[0]) * settings.discount, known[1])
 
@@ -4442,13 +4365,6 @@ def append_history(entry: dict[str, Any], console: Console) -> None:
             write_line(file, line)
     except OSError as error:
         console.warn(f"cannot write {path}: {os_reason(error)}")
-
-
-def announce(task: Task) -> None:
-    """Say what is sent, in one line."""
-    words = [task.request.get(name) for name in ("model", "size", "quality")]
-    shown = " ".join(str(word) for word in words if word)
-    task.console.say(f"POST {task.settings.base.url}/images/{task.request.endpoint} {shown}")
 
 
 def stopped(number: int, answered: bool, unsent: bool = False, detached: bool = False) -> Failure:
@@ -4640,18 +4556,14 @@ def recover_command(job_id: str) -> str:
     return " ".join(quoted(word) for word in words)
 
 
-def usage_line(outcome: Outcome) -> str:
-    """Return `281 tokens, $0.0083`, as far as it is known."""
-    tokens = read_usage(outcome.answer.reply.usage) if outcome.answer else None
-    words = [f"{tokens.total} tokens"] if tokens else []
-    return ", ".join([*words, *([str(outcome.cost)] if outcome.cost else [])])
-
-
 def report(outcome: Outcome, console: Console) -> int:
     """Print what an outcome came to and return the exit code."""
-    failure, line = outcome.failure, usage_line(outcome)
-    if outcome.pictures and line:
-        console.say(line)
+    failure = outcome.failure
+    tokens = read_usage(outcome.answer.reply.usage) if outcome.answer else None
+    words = [f"{tokens.total} tokens"] if tokens else []
+    words += [str(outcome.cost)] if outcome.cost else []
+    if outcome.pictures and words:
+        console.say(", ".join(words))
     if console.json:
         console.document(outcome_document(outcome, console))
     if failure:
@@ -5220,16 +5132,12 @@ def state_of(outcome: Outcome) -> str:
 
 def outcome_entry(outcome: Outcome, console: Console) -> dict[str, Any]:
     """Return what the journal says of an outcome."""
-    answer, failure = outcome.answer, outcome.failure
+    document = outcome_document(outcome, console)
     return {
         "state": state_of(outcome),
         "paths": [picture.path for picture in outcome.pictures],
-        "images": [picture._asdict() for picture in outcome.pictures],
-        "usage": answer.reply.usage if answer else None,
-        "cost": outcome.cost._asdict() if outcome.cost else None,
-        "seconds": round(answer.end.seconds, 2) if answer else None,
-        "attempts": answer.attempts if answer else 0,
-        "error": failure_document(failure, console) if failure else None,
+        "seconds": document["elapsed_s"],
+        **{name: document[name] for name in ("images", "usage", "cost", "attempts", "error")},
     }
 
 
@@ -6019,7 +5927,7 @@ def note_deferred(deferred: Deferred, batch: Batch) -> Deferred:
 
 def check_deferred(batch: Batch) -> None:
     """Refuse, before anything changes, a server without /batches and a price over --max-cost."""
-    page = ask_api("batches?limit=1", batch)
+    page = ask_api("batches?limit=1", batch.settings, batch.session)
     if not isinstance(page.get("data"), list):
         raise Failure(f"{batch.settings.base.host} has no /batches", EXIT_REFUSED)
     price = sum(plan.estimate for plan in batch.plans if plan.send)
@@ -6076,7 +5984,8 @@ def run_deferred(prepared: list[tuple[Deferred, list[Plan]]], batch: Batch) -> l
     pending = [one for one in pending if one.step == "created"]
     for deferred in pending if batch.args.cancel else ():
         try:
-            ask_api(f"batches/{deferred.batch_id}/cancel", batch, [b"request = POST\n"])
+            where = f"batches/{deferred.batch_id}/cancel"
+            ask_api(where, batch.settings, batch.session, [b"request = POST\n"])
         except Failure as failure:  # it has ended meanwhile, say
             batch.console.say(f"{deferred.batch_id}: {failure}")
     return follow_deferred(pending, batch)
@@ -6143,7 +6052,7 @@ def deferred_line(plan: Plan, request: Request) -> bytes:
 
 
 def ask_api(
-    path: str, batch: Batch, lines: Sequence[bytes] = (), line_path: str = ""
+    path: str, settings: Settings, session: Session, more: Sequence[bytes] = (), line_path: str = ""
 ) -> dict[str, Any]:
     """Return what the server answers to one call that costs nothing, but for a create's.
 
@@ -6152,14 +6061,11 @@ def ask_api(
     """
     import tempfile
 
-    settings, session = batch.settings, batch.session
-    if line_path:
-        session = session._replace(keeper=JobKeeper(batch, {}))
     with tempfile.TemporaryDirectory() as folder:
         body, head = os.path.join(folder, ANSWER), os.path.join(folder, HEADERS)
         url = f"{settings.base.url}/{path}"
         config = [*connection_lines(settings, url, settings.base.host), *key_lines(settings)]
-        config += [curl_line("output", body), curl_line("dump-header", head), *lines]
+        config += [curl_line("output", body), curl_line("dump-header", head), *more]
         path_of_line = line_path or os.path.join(folder, CURL_LINE)
         end = run_curl(b"".join(config), path_of_line, session, Watch(body))
         if end.signal:
@@ -6180,7 +6086,7 @@ def find_deferred(key: str, batch: Batch) -> str:
     """Return the id of the batch that carries our key, or nothing where there is none."""
     after, seen = "", set()  # type: str, set[str]
     while True:
-        page = ask_api(f"batches?limit=100{after}", batch)
+        page = ask_api(f"batches?limit=100{after}", batch.settings, batch.session)
         rows = {part(row, "id", str): row for row in part(page, "data", list)}
         for name, row in rows.items():
             if name and part(part(row, "metadata", dict), "gpt_image2", str) == key:
@@ -6221,7 +6127,7 @@ def upload_requests(deferred: Deferred, path: str, batch: Batch) -> Deferred:
     name = f"filename=gpt-image2-{deferred.key}.jsonl;type=application/jsonl"
     form = [b'header = "Expect:"\n', curl_line("form-string", "purpose=batch")]
     form.append(curl_line("form", f"file=@{form_file(path)};{name}"))
-    file_id = part(ask_api("files", batch, form), "id", str)
+    file_id = part(ask_api("files", batch.settings, batch.session, form), "id", str)
     if not SERVER_ID.fullmatch(file_id):
         raise Failure("the server took the requests, but named no file", EXIT_REFUSED)
     return note_deferred(deferred._replace(step="uploaded", file_id=file_id), batch)
@@ -6238,7 +6144,8 @@ def create_batch(deferred: Deferred, line_path: str, batch: Batch) -> Deferred:
     }
     lines = [b'header = "Content-Type: application/json"\n']
     lines.append(curl_line("data-binary", json.dumps(document)))
-    batch_id = part(ask_api("batches", batch, lines, line_path), "id", str)
+    session = batch.session._replace(keeper=JobKeeper(batch, {}))
+    batch_id = part(ask_api("batches", batch.settings, session, lines, line_path), "id", str)
     if not SERVER_ID.fullmatch(batch_id):
         why = "the answer to a new batch has no id; the same command looks for it"
         raise Failure(why, EXIT_UNKNOWN, maybe_billed=True)
@@ -6280,7 +6187,7 @@ def look_after(deferred: Deferred, batch: Batch) -> dict[str, Any]:
     With --wait a look that fails for now is told and taken for one that says nothing new.
     """
     try:
-        document = ask_api(f"batches/{deferred.batch_id}", batch)
+        document = ask_api(f"batches/{deferred.batch_id}", batch.settings, batch.session)
         if part(document, "status", str) not in ENDED_STATUSES:
             return deferred_row(document)
         fetch_deferred(deferred, document, batch)
@@ -6729,6 +6636,12 @@ class SandboxRequest(NamedTuple):
     fields: dict[str, Any]
     first_size: tuple[int, int] | None = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """The size of its pictures: the one asked for, or the nearest legal one."""
+        size = parse_size(str(self.fields.get("size", "auto"))) or self.first_size or (1024, 1024)
+        return nearest_size(*size) if size_fault(*size) else size
+
 
 def read_sandbox_request(path: str, content_type: str, body: bytes) -> SandboxRequest:
     """Return what a POST asks for, from JSON or multipart. Raises ValueError for neither."""
@@ -6792,16 +6705,6 @@ def api_error(status: int, message: str, code: str, param: str = "") -> tuple[in
     return status, {"error": error}
 
 
-def sandbox_pictures(request: SandboxRequest) -> list[bytes]:
-    """Return the placeholders that a request gets."""
-    fields = request.fields
-    size = parse_size(str(fields.get("size", "auto"))) or request.first_size or (1024, 1024)
-    if size_fault(*size):
-        size = nearest_size(*size)
-    total = int(fields.get("n", 1))
-    return [paint_placeholder(*size, str(fields["prompt"]), shade) for shade in range(total)]
-
-
 def sandbox_answer(
     request: SandboxRequest, provider: Provider, origin: str, stored: dict[str, bytes]
 ) -> tuple[int, dict[str, Any]]:
@@ -6812,15 +6715,16 @@ def sandbox_answer(
     if refused:
         return refused
     kind = request.fields.get("response_format") or ("url" if provider.answers_url else "b64_json")
-    data = []
-    for picture in sandbox_pictures(request):
+    data, prompt = [], str(request.fields["prompt"])
+    for shade in range(int(request.fields.get("n", 1))):
+        picture = paint_placeholder(*request.size, prompt, shade)
         if kind == "url":
             name = f"/pictures/{os.urandom(8).hex()}.png"
             stored[name] = picture
             data.append({"url": origin + name})
         else:
             data.append({"b64_json": b2a_base64(picture, newline=False).decode("ascii")})
-    text_tokens = len(str(request.fields["prompt"])) // 4 + 1
+    text_tokens = len(prompt) // 4 + 1
     usage = {"input_tokens": text_tokens, "output_tokens": 0, "total_tokens": text_tokens}
     return 200, {"created": int(time.time()), "data": data, "output_format": "png", "usage": usage}
 
@@ -6830,11 +6734,10 @@ def sandbox_events(request: SandboxRequest, answer: dict[str, Any]) -> bytes:
     from binascii import b2a_base64
 
     kind = "image_edit" if request.endpoint == "edits" else "image_generation"
-    size = parse_size(str(request.fields.get("size", "auto"))) or request.first_size or (1024, 1024)
     events = []
     for entry in answer["data"]:
         for index in range(int(request.fields.get("partial_images") or 0)):
-            picture = paint_placeholder(*size, f"partial {index + 1}", index + 3)
+            picture = paint_placeholder(*request.size, f"partial {index + 1}", index + 3)
             data = b2a_base64(picture, newline=False).decode("ascii")
             partial = {"type": f"{kind}.partial_image", "partial_image_index": index}
             events.append({**partial, "b64_json": data})
@@ -7215,9 +7118,8 @@ def read_history(oldest: float) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     try:
         for offset, value in read_lines(os.path.join(state_root(), HISTORY)):
-            entry = sound_entry(value)
-            if entry:
-                job_id = str(entry.get("job_id") or offset)
+            if isinstance(value.get("time"), str):
+                entry, job_id = sound_entry(value), str(value.get("job_id") or offset)
                 before = found.get(job_id, {"paths": [], "cost": None})
                 paths = dict.fromkeys(before["paths"] + entry["paths"])
                 cost = entry["cost"] or before["cost"]
@@ -7229,18 +7131,13 @@ def read_history(oldest: float) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: str(entry["time"]))
 
 
-def sound_entry(value: Any) -> dict[str, Any] | None:
-    """Return a line of the history with its cost and paths in the form that we know, or None."""
-    if not isinstance(value, dict) or not isinstance(value.get("time"), str):
-        return None
-    cost, paths = value.get("cost"), value.get("paths")
-    amount = cost.get("amount") if isinstance(cost, dict) else None
-    if isinstance(amount, (int, float)) and isinstance(cost.get("currency"), str):  # type: ignore[union-attr]
-        cost = {"amount": amount, "currency": cost["currency"], "estimated": False}  # type: ignore[index]
-    else:
-        cost = None
-    paths = [path for path in paths if isinstance(path, str)] if isinstance(paths, list) else []
-    return {**value, "cost": cost, "paths": paths}
+def sound_entry(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of the history with its cost and paths in the form that we know."""
+    cost, paths = part(value, "cost", dict), part(value, "paths", list)
+    amount, currency = cost.get("amount"), cost.get("currency")
+    known = isinstance(amount, (int, float)) and isinstance(currency, str)
+    cost = {"amount": amount, "currency": currency, "estimated": False} if known else None
+    return {**value, "cost": cost, "paths": [path for path in paths if isinstance(path, str)]}
 
 
 def history_totals(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -7351,18 +7248,13 @@ def command_config(args: Args, session: Session) -> int:
     return check_everything(args, settings, session)
 
 
-def provider_template(provider: Provider | None) -> dict[str, Any]:
-    """Return the settings that --init writes for a provider; none for one without a template."""
-    if not provider or provider.name == "generic":
-        return {}
-    base = {"base_url": provider.base_url, "api_key_env": provider.key_env}
-    return {**base, **TEMPLATES.get(provider.name, {})}
-
-
 def config_template(args: Args) -> dict[str, Any]:
     """Return the settings that --init writes for a profile, or for OpenAI without one."""
     name = args.profile or "openai"
-    settings = provider_template(PROVIDERS.get(name))
+    provider, settings = PROVIDERS.get(name), {}
+    if provider and name != "generic":
+        settings = {"base_url": provider.base_url, "api_key_env": provider.key_env}
+        settings.update(TEMPLATES.get(name, {}))
     if args.base_url:
         try:
             settings["base_url"] = parse_base_url(args.base_url).url
@@ -7475,7 +7367,7 @@ def check_everything(args: Args, settings: Settings, session: Session) -> int:
             ("server", lambda: f"{settings.base.url} ({settings.provider.name})"),
             ("key", lambda: check_key(settings)),
             ("state", lambda: jobs_folder(console)),
-            ("models", lambda: check_models(folder, settings, session)),
+            ("models", lambda: check_models(settings, session)),
         ]
         for name, step in steps:
             try:
@@ -7510,25 +7402,16 @@ def check_key(settings: Settings) -> str:
     return f"{masked(settings.key)} from {settings.key_source}"
 
 
-def check_models(folder: str, settings: Settings, session: Session) -> str:
+def check_models(settings: Settings, session: Session) -> str:
     """Ask GET {base}/models, which costs nothing, whether server and key are good."""
     check_connection(settings)
-    body, head = os.path.join(folder, "models.json"), os.path.join(folder, HEADERS)
-    private_file(head)
-    url = f"{settings.base.url}/models"
-    lines = [*connection_lines(settings, url, settings.base.host), *key_lines(settings)]
-    lines += [curl_line("output", body), curl_line("dump-header", head)]
-    lines.append(b"max-filesize = %d\n" % (8 * MEGABYTE))
-    end = run_curl(b"".join(lines), os.path.join(folder, "curl.txt"), session, Watch(body))
-    if end.status in (404, 405):
-        return f"HTTP {end.status}: reachable; the key can't be checked here"
-    if end.status == 200:
-        return "HTTP 200: reachable, the key is taken"
-    headers = read_headers_file(head)
-    verdict = judge(end, headers, read_reply(body)._replace(excerpt=""), settings)
-    if verdict.failure and verdict.kind != "unknown":
-        raise verdict.failure
-    raise free_failure(f"GET {url}: ", end)
+    try:
+        ask_api("models", settings, session)
+    except Failure as failure:
+        if failure.http_status not in (404, 405):
+            raise
+        return f"HTTP {failure.http_status}: reachable; the key can't be checked here"
+    return "HTTP 200: reachable, the key is taken"
 
 
 def command_sandbox(args: Args, session: Session) -> int:
@@ -7657,19 +7540,6 @@ a server for a pipeline's tests:
 }
 
 
-def typed(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a reader as argparse wants it: its sentence is what is shown."""
-    from argparse import ArgumentTypeError
-
-    def convert(text: str) -> Any:
-        try:
-            return read(text)
-        except ValueError as error:
-            raise ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
 def read_age(text: str) -> int:
     """Return seconds from a number with s, m, h or d behind it."""
     match = re.fullmatch("([0-9]{1,6})([smhd])", text)
@@ -7698,82 +7568,6 @@ def read_redo(text: str) -> str:
     if not text or "" in text.split(","):
         raise ValueError(f"{text!r} is not {', '.join(REDO_WORDS)}, or ID,ID")
     return text
-
-
-def make_parser(command: str) -> Any:
-    """Return the argparse parser of one subcommand, without its options."""
-    import argparse
-
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        """80 columns, and `-s, --size SIZE` on every Python."""
-
-        def __init__(self, prog: str) -> None:
-            super().__init__(prog, max_help_position=28, width=80)
-
-        def _format_action_invocation(self, action: argparse.Action) -> str:
-            names = ", ".join(action.option_strings)
-            return f"{names} {action.metavar}" if action.nargs != 0 else names
-
-    class Parser(argparse.ArgumentParser):
-        """An ArgumentParser that raises Failure where argparse would leave."""
-
-        def error(self, message: str) -> Any:
-            raise usage_failure(message, self._option_string_actions)
-
-    _, _, usage, summary = COMMANDS[command]
-    return Parser(
-        prog=f"{PROGRAM} {command}",
-        usage=f"{PROGRAM} {command} {usage}",
-        description=f"{summary[0].upper()}{summary[1:]}. {WORDS.get(command, '')}".rstrip(),
-        epilog="examples:" + re.sub(f"(?m)^  (?={command})", f"  {PROGRAM} ", EXAMPLES[command]),
-        formatter_class=Formatter,
-        allow_abbrev=False,
-        add_help=False,  # its title differs between versions; run() prints the help
-    )
-
-
-def usage_failure(message: str, known: Iterable[str]) -> Failure:
-    """Return argparse's complaint in our words, with the option that was meant."""
-    unknown = re.match(r"unrecognized arguments: (\S+)", message)
-    if unknown:
-        option = unknown[1].partition("=")[0]
-        for row in table_rows(OPTIONS):
-            if option in row[0].split():
-                others = [name for name, letter in LETTERS.items() if letter in row[2]]
-                return Failure(f"{option} is an option of {', '.join(others)}, not of this command")
-        return Failure(f"{option} is not an option here{nearest(option, known)}")
-    lacking = re.match(r"argument (\S+): expected one argument", message)
-    if lacking:
-        option = lacking[1].rpartition("/")[2]
-        return Failure(f"{option} needs a value", hint=f"one that begins with a dash: {option}=-…")
-    return Failure(re.sub(r"^argument ", "", message))
-
-
-def split_words(argv: Sequence[str], parser: Any) -> tuple[list[str], list[str]]:
-    """Return (options, words): positional words count wherever they stand, all after `--`.
-
-    An option takes the next word as its value unless that begins with a dash.
-    """
-    takes_value = {
-        name for name, action in parser._option_string_actions.items() if action.nargs != 0
-    }
-    options: list[str] = []
-    words: list[str] = []
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            return options, words + rest
-        if word == "-" or not word.startswith("-"):
-            words.append(word)
-        elif word in takes_value and rest and (rest[0] == "-" or not rest[0].startswith("-")):
-            options += [f"{word}={rest.pop(0)}"] if word[1] == "-" else [word, rest.pop(0)]
-        elif word[1] != "-" and len(word) > 2:
-            hint = "a prompt that begins with a dash goes after --"
-            raise Failure(f"{word[:40]} is not an option", hint=hint)
-        else:
-            options.append(word)
-    return options, words
 
 
 # The other options: names, kind (empty: a switch), commands by their letters, group, help.
@@ -7878,24 +7672,24 @@ def option_reader(dest: str, kind: str) -> Callable[[str], Any]:
     return SETTINGS[dest][0] if checked else str
 
 
-def build_parser(command: str) -> Any:
-    """Return the parser of one subcommand; no other is built."""
-    parser = make_parser(command)
-    groups: dict[str, Any] = {}
-    for title, names, kind, dest, text in option_rows(command):
-        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        if not kind:
-            group.add_argument(*names, action="store_const", const=True, help=text)
-            continue
-        group.add_argument(
-            *names,
-            action="append" if dest in ("param", "image") else "store",
-            dest=dest,
-            metavar="|".join(kind.split()),
-            type=typed(option_reader(dest, kind)),
-            help=text,
-        )
-    return parser
+def help_text(command: str) -> str:
+    """Return a command's help, its options in groups; a test holds it equal to the README."""
+    _, _, usage, summary = COMMANDS[command]
+    told = f"{summary[0].upper()}{summary[1:]}. {WORDS.get(command, '')}".rstrip()
+    lines = [f"usage: {PROGRAM} {command} {usage}", "", told]
+    rows = [
+        (title, f"  {', '.join(names)} {'|'.join(kind.split())}".rstrip(), text)
+        for title, names, kind, _, text in option_rows(command)
+    ]
+    column = min(28, 2 + max(len(shown) for _, shown, _ in rows))
+    groups: dict[str, list[str]] = {}
+    for title, shown, text in rows:
+        lead = f"{shown:{column}}" if len(shown) <= column - 2 else f"{shown}\n{'':{column}}"
+        groups.setdefault(title, []).append(lead + text)
+    for title, shown_rows in groups.items():
+        lines += ["", f"{title}:", *shown_rows]
+    examples = re.sub(f"(?m)^  (?={command})", f"  {PROGRAM} ", EXAMPLES[command])
+    return "\n".join([*lines, "", f"examples:{examples}"]).rstrip()
 
 
 def parse_arguments(argv: Sequence[str]) -> Args:
@@ -7907,12 +7701,55 @@ def parse_arguments(argv: Sequence[str]) -> Args:
         close = nearest(command, COMMANDS)
         hint = f"to make a picture: generate {quoted(command)}" if " " in command else ""
         raise Failure(f"{command!r} is not a command ({', '.join(COMMANDS)}){close}", hint=hint)
-    parser = build_parser(command)
-    args = Args()
-    options, args.words = split_words(argv[1:], parser)
-    parser.parse_args(options, namespace=args)
-    args.command = command
+    args, rest = Args(), list(argv[1:])
+    args.command, args.words = command, []
+    options = {name: row for row in option_rows(command) for name in row[1]}
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            args.words += rest
+            break
+        if word == "-" or not word.startswith("-"):
+            args.words.append(word)  # positional words count wherever they stand
+        else:
+            take_option(word, rest, options, args)
     return args
+
+
+def take_option(word: str, rest: list[str], options: dict[str, Any], args: Args) -> None:
+    """Put one option into Args; its value is the next word, unless that begins with a dash."""
+    name, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+    if name not in options:
+        raise unknown_option(name, options)
+    _, names, kind, dest, _ = options[name]
+    if not kind:
+        if equals:
+            raise Failure(f"{name} takes no value")
+        setattr(args, dest, True)
+        return
+    if not equals:
+        if not rest or (rest[0].startswith("-") and rest[0] != "-"):
+            raise Failure(f"{name} needs a value", hint=f"one that begins with a dash: {name}=-…")
+        value = rest.pop(0)
+    try:
+        found = option_reader(dest, kind)(value)
+    except ValueError as error:
+        raise Failure(f"{'/'.join(names)}: {error}") from None
+    if dest in ("param", "image"):  # repeatable
+        found = [*(getattr(args, dest) or ()), found]
+    setattr(args, dest, found)
+
+
+def unknown_option(option: str, known: Iterable[str]) -> Failure:
+    """Return the complaint about an option, with the one that was meant."""
+    if option[1] != "-" and len(option) > 2:
+        hint = "a prompt that begins with a dash goes after --"
+        return Failure(f"{option[:40]} is not an option", hint=hint)
+    for row in table_rows(OPTIONS):
+        if option in row[0].split():
+            others = [name for name, letter in LETTERS.items() if letter in row[2]]
+            return Failure(f"{option} is an option of {', '.join(others)}, not of this command")
+    return Failure(f"{option} is not an option here{nearest(option, known)}")
 
 
 def overview() -> str:
@@ -7943,12 +7780,8 @@ BASH_FILES = "local IFS=$'\\n'; COMPREPLY=($(compgen -f -- \"$cur\")); return"
 
 def offered(dest: str, kind: str) -> tuple[str, ...]:
     """Return the words that may follow an option, as far as they are known."""
-    return OFFERED.get(dest) or (tuple(kind.split()) if kind and not is_free(kind) else ())
-
-
-def is_free(kind: str) -> bool:
-    """Return whether a kind stands for any text, and is not a closed set."""
-    return ".." in kind or (" " not in kind and kind.upper() == kind)
+    closed = " " in kind or kind.upper() != kind  # else low..high, or a word for any text
+    return OFFERED.get(dest) or (tuple(kind.split()) if closed else ())
 
 
 def bash_completion() -> Iterator[str]:
@@ -8049,7 +7882,7 @@ def run(argv: list[str], session: Session) -> int:
         console.emit(overview())
         return EXIT_OK if argv else EXIT_USAGE
     if any(word in ("-h", "--help") for word in before_dashes(argv)) and argv[0] in COMMANDS:
-        console.emit(build_parser(argv[0]).format_help().rstrip())
+        console.emit(help_text(argv[0]))
         return EXIT_OK
     args = parse_arguments(argv)
     console.quiet, console.verbose = args.quiet, args.verbose
@@ -8069,13 +7902,6 @@ def before_dashes(argv: Sequence[str]) -> list[str]:
     return words[: words.index("--")] if "--" in words else words
 
 
-def read_umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code; called without `argv`, end the process itself.
 
@@ -8091,7 +7917,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_once(words: list[str]) -> int:
     """Run one command line and return its exit code; the one place where a Failure is printed."""
     console = Console(json="--json" in before_dashes(words))
-    session = Session(console, mode=0o666 & ~read_umask())
+    umask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(umask)
+    session = Session(console, mode=0o666 & ~umask)
     command = words[0] if words and words[0] in COMMANDS else ""
     try:
         SIGNALS.install()
