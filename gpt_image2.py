@@ -498,7 +498,7 @@ class Span(NamedTuple):
 class ImageSource(NamedTuple):
     """Where one picture of an answer is: base64 text (or its span), or a URL."""
 
-    kind: str  # base64 or url
+    kind: str  # base64, url, or raw: the answer is the picture
     value: str | Span
     revised_prompt: str | None = None
 
@@ -514,7 +514,7 @@ class ApiError(NamedTuple):
 class Reply(NamedTuple):
     """What an answer's body holds, whatever its Content-Type said."""
 
-    kind: str  # json, events, html, text or empty
+    kind: str  # json, events, picture, html, text or empty
     images: tuple[ImageSource, ...] = ()
     error: ApiError | None = None
     usage: dict[str, Any] | None = None
@@ -2079,11 +2079,11 @@ def plan_target(
     if output is not None:
         if not output.strip():
             raise Failure("-o is empty; it takes a file name, a folder or -")
-        ends_open = output.endswith(("/", os.sep)) or os.path.basename(output) in (".", "..")
-        if ends_open or os.path.isdir(output):
-            return Target(os.path.abspath(output), "", stems, request.total)
         base = output_dir and os.path.expanduser(output_dir)
         full = os.path.abspath(os.path.join(base, output) if base else output)
+        ends_open = output.endswith(("/", os.sep)) or os.path.basename(output) in (".", "..")
+        if ends_open or os.path.isdir(full):
+            return Target(full, "", stems, request.total)
         return Target(os.path.dirname(full), os.path.basename(full), stems, request.total, force)
     return Target(os.path.abspath(folder), "", stems, request.total)
 
@@ -2194,6 +2194,7 @@ class Task(NamedTuple):
 HISTORY = "history.jsonl"
 RECORD, LOCK, ANSWER = "job.json", "lock", "response.json"
 HEADERS, CURL_LINE = "headers.txt", "curl.txt"
+RECOVERING = "recovering"  # in job.json, while a recover holds the job
 # curl empties its headers' file before it connects, so one that still holds this was not touched:
 # nothing was sent (tried with 7.88; in its source, from 7.58 to 8.20, the same).
 UNTOUCHED = b"\n"
@@ -2358,8 +2359,11 @@ def jobs_folder(console: Console, pictures: int = 0) -> str:
     return os.path.join(spare, "jobs")
 
 
-def job_folders() -> list[str]:
-    """Return every job folder, oldest first, those without a record too."""
+def job_folders(strict: bool = False) -> list[str]:
+    """Return every job folder, oldest first, those without a record too.
+
+    With `strict` a state folder that can't be read is a Failure: there may be answers in it.
+    """
     found = []
     for root in (state_root(), spare_root()):
         folder = os.path.join(root, "jobs")
@@ -2367,7 +2371,10 @@ def job_folders() -> list[str]:
             if root == spare_root() and not_ours(os.lstat(root)):
                 continue
             names = os.listdir(folder)
-        except OSError:
+        except OSError as error:
+            if strict and root == state_root() and not isinstance(error, FileNotFoundError):
+                hint = "make it yours, or set XDG_STATE_HOME"
+                raise config_failure(f"cannot read {folder}: {os_reason(error)}", hint) from None
             continue
         found += [os.path.join(folder, name) for name in names if JOB_ID.fullmatch(name)]
     # Names tell to the second when a job was made, its lock tells more.
@@ -2376,9 +2383,9 @@ def job_folders() -> list[str]:
     )
 
 
-def list_jobs() -> list[str]:
+def list_jobs(strict: bool = False) -> list[str]:
     """Return every job, oldest first; a folder without a record is none (yet, or any more)."""
-    return [path for path in job_folders() if os.path.exists(os.path.join(path, RECORD))]
+    return [path for path in job_folders(strict) if os.path.exists(os.path.join(path, RECORD))]
 
 
 def changed_at(path: str) -> int:
@@ -2515,6 +2522,10 @@ def same_jobs(task: Task) -> Iterator[Job]:
             job = take_job(folder)
             if job:
                 yield job
+            elif record.get("status") == RECOVERING and not task.session.new:
+                why = f"job {os.path.basename(folder)}, the same request, is being recovered"
+                hint = "wait for that; --new sends another"
+                raise Failure(why, EXIT_UNKNOWN, code="under_way", hint=hint)
 
 
 def adopt_job(task: Task) -> Job | None:
@@ -3039,8 +3050,15 @@ def read_reply(path: str, salvage: bool = False) -> Reply:
     Leading blank lines (a relay's keep-alive) and a BOM are skipped; the body's own first bytes
     decide what it is, not its Content-Type.
     """
+    unpack(path)
     try:
         with open(path, "rb") as file:
+            info = inspect_picture(file)
+            if info and info.format != "svg":  # an HTML page of an error may begin like one
+                source = ImageSource("raw", Span(0, file_size(path)))
+                sources = (source,) if info.whole or salvage else ()
+                return Reply("picture", sources, whole=info.whole)
+            file.seek(0)
             skipped, window = 0, file.read(WINDOW)
             while window and not window.strip(b"\xef\xbb\xbf \t\r\n"):
                 skipped, window = skipped + len(window), file.read(WINDOW)
@@ -3050,6 +3068,27 @@ def read_reply(path: str, salvage: bool = False) -> Reply:
             return scan_reply(file, first, skeleton, salvage)
     except OSError:
         return Reply("empty")
+
+
+def unpack(path: str) -> None:
+    """Undo the gzip that some servers send unasked; what can't be unpacked stays as it is."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"\x1f\x8b":
+                return
+            from zlib import decompressobj, error
+
+            file.seek(0)
+            packer, temporary = decompressobj(31), f"{path}.unpacked"
+            try:
+                with open(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600), "wb") as unpacked:
+                    for window in iter(lambda: file.read(WINDOW), b""):
+                        unpacked.write(packer.decompress(window))
+                os.replace(temporary, path)
+            except (OSError, error):
+                remove_file(temporary)
+    except OSError:
+        pass
 
 
 def scan_reply(file: IO[bytes], first: bytes, skeleton: Skeleton, salvage: bool) -> Reply:
@@ -3066,29 +3105,45 @@ def scan_reply(file: IO[bytes], first: bytes, skeleton: Skeleton, salvage: bool)
     except ValueError:
         return Reply(kind, excerpt=excerpt)
     text = skeleton.text.decode("utf-8", "replace")
-    documents = parse_events(text) if kind == "events" else parse_json(text)
+    documents = parse_events(text) if kind == "events" else parse_documents(text)
     reply = reply_from_documents(kind, documents, skeleton)._replace(excerpt=excerpt)
-    if salvage and not reply.whole:
+    if salvage and not (reply.whole and reply.images):
         return reply._replace(images=salvage_images(text, skeleton))
     return reply
 
 
-def parse_json(text: str) -> list[Any]:
-    """Return the one JSON value in a text, or nothing for one that is cut, too deep or none.
+# Raw line breaks in base64 are harmless; absurd numbers (5,000 digits, 1e999) are taken for 0.
+DECODER = json.JSONDecoder(
+    strict=False,
+    parse_int=lambda digits: int(digits) if len(digits) < 16 else 0,
+    parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e15 else 0.0,
+    parse_constant=lambda name: None,  # NaN, Infinity
+)
+BLANKS = re.compile(r"[ \t\r\n]*")
 
-    Raw line breaks in base64 are harmless; absurd numbers (5,000 digits, 1e999) are taken for 0.
-    """
+
+def parse_json(text: str) -> list[Any]:
+    """Return the one JSON value in a text, or nothing for one that is cut, too deep or none."""
     try:
-        value = json.loads(
-            text,
-            strict=False,
-            parse_int=lambda digits: int(digits) if len(digits) < 16 else 0,
-            parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e15 else 0.0,
-            parse_constant=lambda name: None,  # NaN, Infinity
-        )
-        return [value]
+        return [DECODER.decode(text)]
     except (ValueError, RecursionError):
         return []
+
+
+def parse_documents(text: str) -> list[Any]:
+    """Return the JSON values that a text begins with; none if it ends within the first.
+
+    A relay's lines of waiting may come before the answer, and a gateway's comment after it.
+    """
+    found: list[Any] = []
+    position = 0
+    try:
+        while True:
+            blank = BLANKS.match(text, position)
+            value, position = DECODER.raw_decode(text, blank.end() if blank else position)
+            found.append(value)
+    except (ValueError, RecursionError):
+        return found
 
 
 def event_blocks(text: str) -> list[str]:
@@ -3589,6 +3644,7 @@ def download(url: str, name: str, job: Job, task: Task) -> str:
     while True:
         end, headers = fetch(link, path, job, task, with_key)
         if end.code == 0 and end.status in (200, 206):
+            unpack(path)
             return path
         location = headers.get("location")
         if end.status in REDIRECTS and location and hops < MAX_REDIRECTS and not with_key:
@@ -3674,6 +3730,9 @@ def picture_pieces(source: ImageSource, answer: str, downloaded: str) -> Iterato
     """Yield a picture's bytes: a download's, or base64 in the file of the answer."""
     if source.kind == "url":
         with open(downloaded, "rb") as file:
+            yield from iter(lambda: file.read(WINDOW), b"")
+    elif source.kind == "raw":
+        with open(answer, "rb") as file:
             yield from iter(lambda: file.read(WINDOW), b"")
     elif isinstance(source.value, Span):
         with open(answer, "rb") as file:
@@ -4748,7 +4807,7 @@ class JobsFile:
             self.spool.seek(self.rows[row][1])
             text = self.spool.readline()
         try:
-            value = json.loads(text, object_pairs_hook=no_twins)
+            value = json.loads(text, object_pairs_hook=no_twins, parse_constant=no_constant)
         except (ValueError, RecursionError) as error:
             raise Failure(f"it is not JSON: {error}") from None
         if not isinstance(value, dict):
@@ -4764,6 +4823,11 @@ def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twin = next(name for name in names if names.count(name) > 1)
         raise Failure(f"{printable(twin, 60)!r} stands twice in one object")
     return value
+
+
+def no_constant(name: str) -> Any:
+    """Refuse NaN and Infinity, which Python writes and JSON does not have."""
+    raise ValueError(f"{name} is no JSON value")
 
 
 def read_jobs_file(path: str) -> JobsFile:
@@ -4803,6 +4867,8 @@ def take_jobs(file: IO[bytes], path: str, jobs: JobsFile) -> None:
     jobs.plain = suffix == ".txt"
     while line:
         take_line(number, line.strip(), text, jobs)
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = next_line()  # the rest of one that is too long
         number, line = number + 1, next_line()
 
 
@@ -4895,6 +4961,8 @@ def line_images(line: dict[str, Any]) -> tuple[str, ...]:
         found += value if isinstance(value, list) else [value] if value is not None else []
     if not all(isinstance(name, str) and name for name in found):
         raise Failure("images is not a list of files")
+    if not found and ("images" in line or "image" in line):
+        raise Failure("images is empty, so it is no edit; leave it out to generate")
     return tuple(map(os.path.expanduser, found))
 
 
@@ -6193,6 +6261,12 @@ def look_after(deferred: Deferred, batch: Batch) -> dict[str, Any]:
         fetch_deferred(deferred, document, batch)
         return {}
     except Failure as failure:
+        if failure.http_status == 404 and batch.args.cancel:
+            end_rest(deferred_jobs(deferred, batch), "the server knows no such batch", True, batch)
+            note_deferred(deferred._replace(step="ended"), batch)
+            return {}
+        if failure.http_status == 404:
+            failure.hint = "other key or server than it was made with? --cancel gives it up"
         passing = failure.passing or failure.exit_code in (EXIT_NETWORK, EXIT_LIMIT)
         if not batch.args.wait or not passing:
             raise
@@ -6891,6 +6965,9 @@ def plan_batch(batch: Batch) -> dict[str, Entry]:
     batch.plan_of = {plan.identity: plan for plan in batch.plans}
     capped = batch.args.max_cost is not None and not batch.settings.sandbox
     for plan in batch.plans:
+        if plan.send and plan.entry and plan.entry.state == DEFERRED and not batch.args.deferred:
+            hint = "--deferred fetches it, --deferred --cancel ends that"
+            raise Failure(f"{plan.name} is in a batch at the server, which costs", hint=hint)
         if capped and plan.send and not plan.estimate:
             line = f"{batch.jobs.word} {batch.jobs.rows[plan.row][0]}"
             raise Failure(f"{line}: no price is known for it, so --max-cost can't be kept")
@@ -6929,7 +7006,7 @@ def command_recover(args: Args, session: Session) -> int:
     """recover: list unfinished answers, save the pictures in some, or clean up."""
     if args.clean:
         return clean_jobs(args, session.console)
-    folders = list_jobs()
+    folders = list_jobs(strict=True)
     if args.words or args.last or args.all:
         chosen = choose_jobs(args, folders)
         settings = resolve_settings(args, session.console)
@@ -7008,13 +7085,20 @@ def recover_job(folder: str, args: Args, settings: Settings, session: Session) -
     except Failure as fault:
         job.lock.close()
         return empty._replace(failure=fault, recover_id=job_id)
+    if record.get("status") != "set aside":
+        set_status(job, RECOVERING)
     try:
         end = await_curl(job, Watch(job.path(ANSWER)), session.console)
         answer = read_answer(job, end, task, salvage=True)
     except Interrupted as stop:
         failure = stopped(stop.number, bool(job.answer_size()))
         return settle(job, empty._replace(failure=failure), task)
-    outcome = finish_job(job, empty._replace(request=task.request, answer=answer), task)
+    try:
+        outcome = finish_job(job, empty._replace(request=task.request, answer=answer), task)
+    except Failure as fault:  # its batch's journal can't be written, so the job stays
+        job.lock.close()
+        fault.exit_code, fault.hint = EXIT_UNSAVED, "mend that and recover it again"
+        return empty._replace(failure=fault, recover_id=job_id)
     return outcome._replace(failure=recover_failure(outcome))
 
 
@@ -7026,7 +7110,7 @@ class RecoverKeeper(Keeper):
 
     def done(self, job: Job, outcome: Outcome) -> None:
         """Put on record what came of it; an outcome that stays unknown is there already."""
-        if state_of(outcome) != UNKNOWN:
+        if state_of(outcome) != UNKNOWN and os.path.isdir(os.path.dirname(self.journal.path)):
             self.journal.tell(outcome, self.entry, job.id)
 
 
@@ -7035,8 +7119,7 @@ def recover_keeper(record: dict[str, Any], console: Console) -> Keeper:
     mark = record.get("batch")
     if not isinstance(mark, dict) or not isinstance(mark.get("entry"), dict):
         return Keeper()
-    journal = Journal(str(mark.get("journal")), console)
-    return RecoverKeeper(journal, mark["entry"]) if os.path.exists(journal.path) else Keeper()
+    return RecoverKeeper(Journal(str(mark.get("journal")), console), mark["entry"])
 
 
 def recovered_task(
@@ -7099,7 +7182,7 @@ def clean_jobs(args: Args, console: Console) -> int:
     """Remove the jobs that are older than --older-than and that nobody works on."""
     oldest = job_stamp(time.time() - args.older_than)
     removed = []
-    for folder in list_jobs():
+    for folder in list_jobs(strict=True):
         job = take_job(folder) if os.path.basename(folder)[:16] <= oldest else None
         if job and not curl_lives(job):
             remove_job(job)
@@ -7635,6 +7718,7 @@ LETTERS = {name: row[0] for name, row in COMMANDS.items()}
 READERS: dict[str, Callable[[str], Any]] = {
     "param": read_param,
     "mask_box": read_mask_box,
+    "api_key_env": read_name,
     "older_than": read_age,
     "since": read_age,
     "shard": read_shard,
@@ -7930,8 +8014,9 @@ def run_once(words: list[str]) -> int:
         failure = stopped(stop.number, False, unsent=not SIGNALS.sent)
     except Failure as caught:
         failure = caught
-    except OSError as error:  # the current folder is gone, say
-        failure = Failure(os_reason(error), EXIT_REFUSED)
+    except OSError as error:
+        where = printable(str(error.filename or "the current folder, or a file"))
+        failure = Failure(f"{where}: {os_reason(error)}", EXIT_REFUSED)
     if console.json:
         console.document(outcome_document(Outcome(command, failure=failure), console))
     console.error(f"{PROGRAM}: {failure}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import deque
@@ -173,8 +174,30 @@ class TestBase64(AnswerCase):
             "named a stream": whole._replace(headers=[("Content-Type", "text/event-stream")]),
             "not named": whole._replace(headers=[]),
             "as 201": whole._replace(status=201),
+            "gzipped, unasked": whole._replace(body=gzip.compress(whole.body)),
         }
         for asked in self.ask_each(ways, "-n", "2"):
+            with self.subTest(asked.name):
+                self.check_saved(asked, SMALL, LARGE)
+
+    def test_the_picture_itself_as_the_body(self) -> None:
+        for name, body in (("plain", LARGE), ("gzipped", gzip.compress(LARGE))):
+            with self.subTest(name):
+                self.check_saved(self.ask(Reply(200, body, [("Content-Type", "image/png")])), LARGE)
+        asked = self.ask(Reply(200, LARGE, cut=5000))
+        self.check(asked.run, 8)
+        self.assertTrue(self.job_left(asked.run))
+
+    def test_other_text_before_and_after(self) -> None:
+        whole = answer(SMALL, LARGE).body
+        waiting = b'{"status": "processing", "data": null}\n'
+        bodies = {
+            "a comment after": whole + b"\n<!-- from the gateway -->",
+            "lines of waiting before": 3 * waiting + whole,
+            "lines of waiting around": waiting + whole + b"\n" + waiting,
+        }
+        replies = {name: Reply(200, body) for name, body in bodies.items()}
+        for asked in self.ask_each(replies, "-n", "2"):
             with self.subTest(asked.name):
                 self.check_saved(asked, SMALL, LARGE)
 

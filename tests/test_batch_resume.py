@@ -496,6 +496,36 @@ class Killed(ResumeCase):
         self.again()
         self.check_done("a", "b")
 
+    def test_recover_after_the_folder_is_gone_tells_the_batch(self) -> None:
+        tool, release = self.under_way("a", "b")
+        self.killed(tool)
+        release.set()
+        self.curls_end()
+        shutil.rmtree(self.folder)
+        self.check(self.run_tool("recover", "--all"), 0)
+        self.assertEqual(self.states(), {"0001": "saved", "0002": "saved"})
+        self.again()
+        self.check_done("a", "b")
+
+    def test_recover_goes_on_after_a_journal_that_takes_no_line(self) -> None:
+        tool, release = self.under_way("a", "b")
+        self.killed(tool)
+        release.set()
+        self.curls_end()
+        journal = self.folder / "results.jsonl"
+        kept = journal.read_bytes()
+        journal.unlink()
+        journal.mkdir()
+        run = self.check(self.run_tool("recover", "--all"), 10)
+        self.assertEqual(len(run.saved), 2)
+        self.assertIn("mend that and recover it again", run.err)
+        journal.rmdir()
+        journal.write_bytes(kept)
+        run = self.check(self.run_tool("recover", "--all"), 0)
+        self.assertEqual(len(run.saved), 2, "under the same names")
+        self.again()
+        self.check_done("a", "b")
+
     def test_a_single_request_does_not_take_over_a_batchs_job(self) -> None:
         tool, release = self.under_way("a")
         self.killed(tool)

@@ -38,6 +38,13 @@ class TestInit(ConfigCase):
         assert isinstance(plan, dict)
         return plan
 
+    def test_a_key_in_place_of_its_variables_name_is_refused_and_not_shown(self) -> None:
+        for name in (KEY, "1 X"):
+            run = self.config_tool("--init", "--api-key-env", name, code=2)
+            self.assertIn("--api-key-env: it is not the name of an environment variable", run.err)
+            self.assertNotIn(name, run.err)
+        self.assertEqual(self.listing(self.config), [])
+
     def test_without_a_profile_it_is_openai(self) -> None:
         run = self.config_tool("--init")
         self.assertIn(str(self.path), run.out)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from tests.deferreds import (
+    CANCEL,
     CHECK,
     CONTENT,
     CREATE,
@@ -665,6 +666,27 @@ class Waiting(Deferred):
         self.assertEqual(self.settle()[-1], 0)
         self.assertEqual(self.api.prompts("batch_1"), ["job 2", "job 3"])
         self.check_pictures("job 1", "job 2", "job 3")
+
+    def test_a_job_in_a_batch_is_not_sent_beside_it(self) -> None:
+        self.numbered(2)
+        self.batch()
+        for redo in ("0001", "all"):
+            run = self.at_once("--redo", redo, code=2)
+            self.assertIn("0001 is in a batch at the server", run.err)
+        self.assertEqual(self.endpoints(), {"generations": 1})
+        self.api.end()
+        self.assertEqual(len(self.batch().saved), 2)
+
+    def test_one_that_the_server_does_not_know_can_be_given_up(self) -> None:
+        self.numbered(2)
+        self.batch()
+        self.api.order(STATE, refusal(404, None, "No batch found."))
+        self.assertIn("--cancel gives it up", self.batch(code=1).err)
+        self.assertEqual(set(self.states().values()), {"deferred"})
+        for what in (CANCEL, STATE):
+            self.api.order(what, refusal(404, None, "No batch found."))
+        self.batch("--cancel", code=8)
+        self.assertEqual(set(self.states().values()), {"unknown"})
 
     def test_cancel_sends_nothing(self) -> None:
         self.numbered(1)

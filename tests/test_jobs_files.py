@@ -241,6 +241,12 @@ class Lines(JobsFileCase):
         self.batch()
         self.assertEqual(len(self.api.posts), 5)
 
+    def test_an_output_that_is_a_folder_is_one_in_the_output_folder(self) -> None:
+        self.write({"prompt": "a", "output": "sub/"}, {"prompt": "b", "output": "sub2/x.png"})
+        run = self.batch("--output-dir", "out")
+        folders = [str(path.parent.relative_to(self.work)) for path in run.saved]
+        self.assertEqual(sorted(folders), ["out/sub", "out/sub2"])
+
     def test_an_output_that_exists_is_a_bad_line(self) -> None:
         (self.work / "jobs").mkdir()
         (self.work / "jobs" / "fox.png").write_bytes(b"mine")
@@ -277,6 +283,8 @@ class BadLines(JobsFileCase):
             ('"a fox"', "not an object"),
             ('{"prompt": "a", "n": 2, "prompt": "b"}', "'prompt' stands twice"),
             ('{"prompt": "a", "params": {"x": 1, "x": 2}}', "'x' stands twice"),
+            ('{"prompt": "a", "params": {"x": NaN}}', "NaN is no JSON"),
+            ({"prompt": "a", "images": []}, "images is empty"),
             ({}, "no prompt"),
             ({"prompt": ""}, "empty"),
             ({"prompt": 7}, "not a text"),
@@ -344,6 +352,13 @@ class BadLines(JobsFileCase):
         self.assertEqual(list(told), [2, 3], "a line that is too long is one line")
         self.assertIn("UTF-8", told[2])
         self.assertIn("longer", told[3])
+
+    def test_a_line_that_is_much_too_long_is_one(self) -> None:
+        lines = ['{"prompt": "a"}', '{"prompt": "%s"}' % ("x" * 3_000_000), '{"bad']
+        self.write(*lines)
+        told = self.faults(self.refused())
+        self.assertEqual(list(told), [2, 3])
+        self.assertIn("longer", told[2])
 
     def test_of_an_array_are_numbered_by_element(self) -> None:
         self.write('[{"prompt": "a"}, 7, {"prompt": "b", "n": 99}]')

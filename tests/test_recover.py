@@ -131,6 +131,20 @@ class TestList(Recovery):
         self.assertEqual(len(self.recover().out.splitlines()), 1)
 
 
+class TestUnreadable(Recovery):
+    """A state folder of somebody else's may hold answers, so it isn't called empty."""
+
+    def test_is_said(self) -> None:
+        self.kept()
+        jobs = self.state / "gpt-image-2" / "jobs"
+        self.addCleanup(jobs.chmod, 0o700)
+        jobs.chmod(0)
+        self.heed_permissions()
+        for words in ([], ["--last"], ["--all"], ["--clean"]):
+            with self.subTest(words):
+                self.assertRegex(self.recover(*words, code=3).err, "cannot read /.*permission")
+
+
 class TestChoosing(Recovery):
     """Which answers are saved, and where to."""
 
@@ -337,6 +351,17 @@ class TestWaiting(Recovery):
         run = self.check(self.finish(tool), 0)
         self.check_saved(run, FIRST)
         self.assertEqual(self.jobs(), [])
+
+    def test_the_same_command_meanwhile_pays_for_no_other(self) -> None:
+        api, job, release = self.under_way()
+        tool = self.start_tool("recover", job)
+        self.wait_until(lambda: self.holds_lock(tool))
+        self.wait_until(lambda: "recovering" in (self.folder(job) / "job.json").read_text())
+        run = self.check(self.run_tool(*FOX, "--json"), 8)
+        self.assertEqual(run.json["error"]["code"], "under_way")
+        release.set()
+        self.check_saved(self.check(self.finish(tool), 0), FIRST)
+        self.assertEqual(len(api.posts), 1)
 
     def test_or_does_not_wait(self) -> None:
         _, job, release = self.under_way()
