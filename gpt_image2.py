@@ -6308,7 +6308,7 @@ def fetch_deferred(deferred: Deferred, document: dict[str, Any], batch: Batch) -
     why = f"{why}; its results are gone from the server (404)" if gone else why
     end_rest(due, why, gone or status == "completed", batch)
     note_deferred(deferred._replace(step="ended"), batch)
-    if "bad" in kept:
+    if "bad" in kept or (due and status == "completed" and not gone):
         batch.console.warn(f"what could not be saved is kept in {deferred_folder(deferred.key)}")
     else:
         remove_folder(deferred_folder(deferred.key))
@@ -6328,6 +6328,7 @@ def fetch_file(file_id: str, deferred: Deferred, name: str, batch: Batch) -> str
             return path
         end = fetch_part(file_id, f"{path}.part", f"{path}.curl", batch)
         if end.code == 0 and end.status in (200, 206):
+            unpack(f"{path}.part")
             os.replace(f"{path}.part", path)
             return path
         if end.status in (404, 410):
@@ -6372,7 +6373,7 @@ def result_lines(path: str) -> Iterator[tuple[dict[str, Any], Skeleton]]:
                 torn, lines, rest = not lines, lines[1:], rest if lines else b""
             skeleton.text[:] = rest
             for line in lines:
-                for value in parse_json(line.decode("utf-8", "replace")):
+                for value in parse_json(line.decode("utf-8-sig", "replace")):
                     if isinstance(value, dict):
                         yield value, skeleton
 
@@ -6443,7 +6444,7 @@ def end_job(entry: Entry, answer: Answer, path: str, batch: Batch) -> str:
     batch.finish(plan, outcome, console)
     if plan.row < 0:  # its line is no longer in the jobs file
         del batch.states[plan.row], batch.codes[plan.row]
-    return "bad" if failure_code in (EXIT_UNSAVED, EXIT_PARTIAL) else ""
+    return "bad" if failure_code in (EXIT_UNSAVED, EXIT_PARTIAL, EXIT_UNKNOWN) else ""
 
 
 def deferred_task(entry: Entry, batch: Batch) -> tuple[Task, Plan]:

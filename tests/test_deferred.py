@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import gzip
 import json
 import os
 import random
@@ -811,6 +812,26 @@ class Ends(Deferred):
         self.api.good["batch_0"] = {self.api.lines()[0]["custom_id"]}
         self.batch("--redo", "unknown")
         self.assertEqual(self.api.prompts("batch_1"), ["job 2"])
+
+    def test_a_result_file_in_another_dress(self) -> None:
+        for name, shape in (("gzip", gzip.compress), ("BOM", lambda body: b"\xef\xbb\xbf" + body)):
+            with self.subTest(name):
+                self.api.forget()
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.numbered(2)
+                self.batch()
+                self.api.end(shape=shape)
+                self.batch()
+                self.check_pictures("job 1", "job 2")
+
+    def test_what_can_not_be_read_is_kept(self) -> None:
+        self.numbered(2)
+        self.batch()
+        self.api.end(shape=lambda body: body.replace(b'"b64_json"', b'"b65_json"'))
+        self.assertIn("what could not be saved is kept in", self.batch(code=8).err)
+        self.assertEqual(set(self.states().values()), {"unknown"})
+        (file,) = self.kept.rglob("output_file_id.jsonl")
+        self.assertEqual(file.read_bytes().count(b'"b65_json"'), 2)
 
     def test_lines_that_are_odd(self) -> None:
         """Foreign ids, rubbish, a duplicate, and a last line that is torn."""
