@@ -11,7 +11,10 @@ import signal
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any, Iterator
+from unittest import mock
 
+import gpt_image2
 from tests.batches import BAD_REQUEST, LOW, POLICY, UNAUTHORIZED, BatchCase, drawn
 from tests.pictures import png
 from tests.storm import storm
@@ -682,6 +685,18 @@ class Shards(ResumeCase):
             self.check(self.finish(tool), 0)
         self.assertEqual(self.posted(), list("abcdef"))
         self.assertEqual(sorted(self.painted().values()), list("abcdef"))
+
+    def test_another_shard_writes_its_first_line_just_now(self) -> None:
+        path, read_lines = self.tmp / "results-1-of-2.jsonl", gpt_image2.read_lines
+        path.touch()
+
+        def read_too_early(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+            yield from read_lines(name)
+            path.write_text('{"identity": "0-1", "state": "sent"}\n')
+
+        with mock.patch("gpt_image2.read_lines", read_too_early):
+            self.assertEqual(gpt_image2.read_journals([str(path)], False), {})
+        self.assertEqual(list(gpt_image2.read_journals([str(path)], False)), ["0-1"])
 
     def test_a_change_from_unsharded_to_sharded(self) -> None:
         self.prompts(*"abcd")
