@@ -15,7 +15,7 @@ from typing import Any, Iterator
 from unittest import mock
 
 import gpt_image2
-from tests.batches import BAD_REQUEST, LOW, POLICY, UNAUTHORIZED, BatchCase, drawn
+from tests.batches import BAD_REQUEST, LOW, POLICY, UNAUTHORIZED, BatchCase, drawn, prompt_of
 from tests.pictures import png
 from tests.storm import storm
 from tests.support import (
@@ -655,9 +655,9 @@ class Shards(ResumeCase):
 
     def shard(self, which: str, *argv: Argument, code: int = 0) -> list[str]:
         """Run one shard, and return the prompts that it sends."""
-        before = len(self.painter.seen)
+        before = len(self.api.posts)  # the painter hears of a request a moment after it has come
         self.batch("--shard", which, *argv, code=code)
-        return sorted(self.painter.seen[before:])
+        return sorted(prompt_of(post) for post in self.api.posts[before:])
 
     def test_every_nth(self) -> None:
         self.prompts(*"abcdefg")
