@@ -791,9 +791,13 @@ class Signals:
                 time.sleep(max(0.0, min(1.0, end - time.monotonic())))
 
     def __enter__(self) -> None:
-        if self.number:
-            raise Interrupted(self.number)
-        self.waiting = self.waiting or self.in_main
+        try:  # waiting comes first: else a signal between the two would be noted and not heard
+            self.waiting = self.waiting or self.in_main
+            if self.number:
+                raise Interrupted(self.number)
+        except Interrupted:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self.waiting = self.waiting and not self.in_main

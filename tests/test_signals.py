@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import threading
+import unittest
 
+import gpt_image2
 from tests.faults import (
     FIRST,
     FOX,
@@ -88,6 +90,25 @@ class TestBeforeAnAnswer(Signalled):
         api.script.append(answer(SECOND))
         run = self.check(self.run_tool(*FOX), 0)
         self.assertIn("billed", run.err)
+
+
+class TestOnTheThreshold(unittest.TestCase):
+    """A signal at the very moment at which a wait begins."""
+
+    def test_ends_the_wait(self) -> None:
+        class Door(gpt_image2.Signals):
+            """Hears a signal while it looks which thread it is in."""
+
+            @property
+            def in_main(self) -> bool:
+                if not self.number:
+                    self.handle(signal.SIGINT, None)
+                return True
+
+        door = Door()
+        with self.assertRaises(gpt_image2.Interrupted), door:
+            pass
+        self.assertFalse(door.waiting)
 
 
 class TestNothingSent(Signalled):
