@@ -1,4 +1,4 @@
-"""Runs test classes side by side, in as many forked processes as there are CPUs.
+"""Runs test classes side by side, in forked processes: one more than there are CPUs.
 
     suite = SideBySide(tests)  # what load_tests() in tests/__init__.py returns
     suite.run(result)          # the result hears of each test as if it had run here
@@ -18,12 +18,12 @@ Told = List[Tuple[str, Tuple[Any, ...]]]  # methods of a TestResult to be called
 
 
 def at_once() -> int:
-    """Return how many processes to use."""
+    """Return how many processes to use; one of them mostly waits."""
     if not hasattr(os, "fork"):
         return 1
     own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     cpus = len(own) or os.cpu_count() or 1
-    return int(os.environ.get("TESTS_AT_ONCE") or cpus)
+    return int(os.environ.get("TESTS_AT_ONCE") or cpus + 1)
 
 
 class Name:
