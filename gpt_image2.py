@@ -2047,14 +2047,11 @@ def request_hash(request: Request) -> str:
 
 def light_sha256(data: bytes) -> str:
     """Return the SHA-256 of a short text; to load OpenSSL for it takes 3 ms and 3.5 MB."""
-    for module in ("_sha2", "_sha256"):  # Python's own, from 3.12 on and before
-        try:
-            return str(__import__(module).sha256(data).hexdigest())
-        except ImportError:
-            continue
-    from hashlib import sha256
-
-    return sha256(data).hexdigest()
+    try:  # Python's own; not tried by turns, as a name that is not there is looked for each time
+        module = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256")
+    except ImportError:
+        module = __import__("hashlib")
+    return str(module.sha256(data).hexdigest())
 
 
 ################################################################################
@@ -3059,8 +3056,7 @@ def read_reply(path: str, salvage: bool = False) -> Reply:
         with open(path, "rb") as file:
             info = inspect_picture(file)
             if info and info.format != "svg":  # an HTML page of an error may begin like one
-                source = ImageSource("raw", Span(0, file_size(path)))
-                sources = (source,) if info.whole or salvage else ()
+                sources = (ImageSource("raw", ""),) if info.whole or salvage else ()
                 return Reply("picture", sources, whole=info.whole)
             file.seek(0)
             skipped, window = 0, file.read(WINDOW)
@@ -3732,11 +3728,8 @@ def fetch(
 
 def picture_pieces(source: ImageSource, answer: str, downloaded: str) -> Iterator[bytes]:
     """Yield a picture's bytes: a download's, or base64 in the file of the answer."""
-    if source.kind == "url":
-        with open(downloaded, "rb") as file:
-            yield from iter(lambda: file.read(WINDOW), b"")
-    elif source.kind == "raw":
-        with open(answer, "rb") as file:
+    if source.kind in ("url", "raw"):
+        with open(downloaded or answer, "rb") as file:
             yield from iter(lambda: file.read(WINDOW), b"")
     elif isinstance(source.value, Span):
         with open(answer, "rb") as file:
@@ -4805,6 +4798,10 @@ class JobsFile:
         self.rows.append((number, self.spool.tell()))
         self.spool.write(text + b"\n")
 
+    def place(self, row: int) -> str:
+        """Return where a job stands in the file, as messages name it: `line 3`."""
+        return f"{self.word} {self.rows[row][0]}"
+
     def read(self, row: int) -> dict[str, Any]:
         """Return what a job's line holds. Raises Failure for one that is no JSON object."""
         with self.lock:
@@ -5589,8 +5586,7 @@ def claim_names(plan: Plan, target: Target, batch: Batch, seen: dict[str, int]) 
             raise Failure(f"output {plan.output} is an input picture of this batch")
         seen[f"out {path}"] = plan.row
         if seen.setdefault(stem, plan.row) != plan.row:
-            other = batch.jobs.rows[seen[stem]][0]
-            raise Failure(f"{name} is what {batch.jobs.word} {other} is saved as")
+            raise Failure(f"{name} is what {batch.jobs.place(seen[stem])} is saved as")
 
 
 def same_name(path: str) -> str:
@@ -5618,10 +5614,7 @@ def batch_hash(request: Request) -> str:
 
 def line_hash(line: dict[str, Any]) -> str:
     """Return what a line is known by, whatever options stand around it."""
-    from hashlib import sha256
-
-    text = json.dumps(line, sort_keys=True)
-    return sha256(text.encode("ascii")).hexdigest()[:16]
+    return light_sha256(json.dumps(line, sort_keys=True).encode("ascii"))[:16]
 
 
 def occurrence(key: str, seen: dict[str, int]) -> str:
@@ -5678,8 +5671,7 @@ def check_names(plans: Iterable[Plan], batch: Batch) -> None:
     for plan in plans:
         first = names.setdefault(plan.name, plan.row)
         if first != plan.row:
-            rows = (batch.jobs.rows[row][0] for row in (plan.row, first))
-            this, other = (f"{batch.jobs.word} {row}" for row in rows)
+            this, other = batch.jobs.place(plan.row), batch.jobs.place(first)
             raise Failure(f"{this}: {other} is saved under this name already")
 
 
@@ -6975,7 +6967,7 @@ def plan_batch(batch: Batch) -> dict[str, Entry]:
             hint = "--deferred fetches it, --deferred --cancel ends that"
             raise Failure(f"{plan.name} is in a batch at the server, which costs", hint=hint)
         if capped and plan.send and not plan.estimate:
-            line = f"{batch.jobs.word} {batch.jobs.rows[plan.row][0]}"
+            line = batch.jobs.place(plan.row)
             raise Failure(f"{line}: no price is known for it, so --max-cost can't be kept")
     for plan in batch.plans:
         state = plan.entry.state if plan.entry else LEFT

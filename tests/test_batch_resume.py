@@ -57,6 +57,13 @@ class ResumeCase(BatchCase):
         tool.kill()
         self.finish(tool)
 
+    def killed_before_its_answers(self, *prompts: str) -> None:
+        """Begin a batch, kill it while its jobs are at the server, and let the answers come."""
+        tool, release = self.under_way(*prompts)
+        self.killed(tool)
+        release.set()
+        self.curls_end()
+
     def curls_end(self) -> None:
         """Wait until no process of this world is left."""
         self.wait_until(lambda: not self.processes())
@@ -382,10 +389,7 @@ class Killed(ResumeCase):
         self.again()
 
     def test_and_the_answers_come_while_nobody_looks(self) -> None:
-        tool, release = self.under_way("a", "b")
-        self.killed(tool)
-        release.set()
-        self.curls_end()
+        self.killed_before_its_answers("a", "b")
         self.prompts("a", "b", "c")
         self.again(sends=1, saves=3)
         self.check_done("a", "b", "c")
@@ -500,10 +504,7 @@ class Killed(ResumeCase):
         self.check_done("a", "b")
 
     def test_recover_after_the_folder_is_gone_tells_the_batch(self) -> None:
-        tool, release = self.under_way("a", "b")
-        self.killed(tool)
-        release.set()
-        self.curls_end()
+        self.killed_before_its_answers("a", "b")
         shutil.rmtree(self.folder)
         self.check(self.run_tool("recover", "--all"), 0)
         self.assertEqual(self.states(), {"0001": "saved", "0002": "saved"})
@@ -511,10 +512,7 @@ class Killed(ResumeCase):
         self.check_done("a", "b")
 
     def test_recover_goes_on_after_a_journal_that_takes_no_line(self) -> None:
-        tool, release = self.under_way("a", "b")
-        self.killed(tool)
-        release.set()
-        self.curls_end()
+        self.killed_before_its_answers("a", "b")
         journal = self.folder / "results.jsonl"
         kept = journal.read_bytes()
         journal.unlink()
@@ -530,10 +528,7 @@ class Killed(ResumeCase):
         self.check_done("a", "b")
 
     def test_a_single_request_does_not_take_over_a_batchs_job(self) -> None:
-        tool, release = self.under_way("a")
-        self.killed(tool)
-        release.set()
-        self.curls_end()
+        self.killed_before_its_answers("a")
         self.check(self.run_tool("generate", "a", "-o", "own.png", "--new"), 0)
         self.again(saves=1)
         self.assertEqual(self.painter.seen, ["a", "a"])
