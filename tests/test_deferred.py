@@ -830,8 +830,8 @@ class Ends(Deferred):
         self.api.end(shape=lambda body: body.replace(b'"b64_json"', b'"b65_json"'))
         self.assertIn("what could not be saved is kept in", self.batch(code=8).err)
         self.assertEqual(set(self.states().values()), {"unknown"})
-        (file,) = self.kept.rglob("output_file_id.jsonl")
-        self.assertEqual(file.read_bytes().count(b'"b65_json"'), 2)
+        answers = [(job / "response.json").read_bytes() for job in self.jobs()]
+        self.assertEqual([text.count(b'"b65_json"') for text in answers], [1, 1])
 
     def test_lines_that_are_odd(self) -> None:
         """Foreign ids, rubbish, a duplicate, and a last line that is torn."""
