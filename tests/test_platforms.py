@@ -893,7 +893,7 @@ class TestGuards(unittest.TestCase):
 
     def test_it_does_use_some(self) -> None:
         text = SCRIPT.read_text(encoding="utf-8")
-        for name in ("os.getuid", "os.link", "import fcntl", '"O_NOFOLLOW"', '"SIGHUP"'):
+        for name in ("os.getuid", "os.link", "import fcntl", '"SIGHUP"'):
             self.assertIn(name, text)
 
     def test_what_is_found(self) -> None:
