@@ -505,9 +505,9 @@ class TestAddresses(unittest.TestCase):
     def checked(self, host: str) -> str:
         """Return the address that a link's host is fetched from, where names lead to 8.8.8.8."""
 
-        def lookup(name: str, port: int, type: int = 0, flags: int = 0) -> list[Any]:
-            if flags & socket.AI_NUMERICHOST:
-                return numeric(name, port, type=type, flags=flags)
+        def lookup(name: str, port: int, **options: int) -> list[Any]:
+            if options.get("flags", 0) & socket.AI_NUMERICHOST:
+                return numeric(name, port, **options)
             return [(0, 0, 0, "", ("8.8.8.8", port))]
 
         numeric = socket.getaddrinfo
@@ -517,7 +517,11 @@ class TestAddresses(unittest.TestCase):
             return check_host(host, 443, settings)
 
     def test_every_spelling_of_a_literal(self) -> None:
-        for host in ["127.0.0.1", "127.1", "2130706433", "0x7f000001", "0x7f.1", "0177.0.0.01", "017700000001", "0", "167772161", "0xa9fea9fe", "::1", "::ffff:10.0.0.1", "localhost"]:
+        for host in (
+            *("127.0.0.1", "127.1", "2130706433", "0x7f000001", "0x7f.1", "0177.0.0.01"),
+            *("017700000001", "0", "167772161", "0xa9fea9fe", "::1", "::ffff:10.0.0.1"),
+            "localhost",
+        ):
             with self.subTest(host), self.assertRaises(gpt_image2.Failure):
                 self.checked(host)
 

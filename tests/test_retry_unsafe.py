@@ -1,4 +1,4 @@
-"""--retry-unsafe: whole pictures of an earlier answer are saved before the request is sent again."""
+"""--retry-unsafe: whole pictures of the earlier answer are saved before the next try."""
 
 from __future__ import annotations
 
