@@ -11,7 +11,7 @@ import time
 import unittest
 from pathlib import Path
 
-from gpt_image2 import COMMANDS, option_rows
+from gpt_image2 import COMMANDS, options_of
 from tests.support import Case
 
 try:
@@ -83,7 +83,9 @@ class Completion(Case):
             with self.subTest(command):
                 words = ["gpt-image2", command, "--"]
                 found = self.offered(["bash", "-c", BASH_DRIVER, "bash", script, *words])
-                due = {name for row in option_rows(command) for name in row[1] if name[:2] == "--"}
+                due = {
+                    name for row in options_of(command) for name in row.names if name[:2] == "--"
+                }
                 self.assertEqual(set(found), due)
 
     @unittest.skipUnless(shutil.which("fish"), "there is no fish here")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import py_compile
 import re
 import shlex
@@ -22,6 +23,7 @@ import unittest
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Iterator, NamedTuple
+from unittest import mock
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -369,9 +371,10 @@ class TestTables(unittest.TestCase):
                 self.assertEqual(default, json.dumps(real), name)
 
     def test_config_places(self) -> None:
-        env = {"XDG_CONFIG_HOME": "$XDG_CONFIG_HOME"}
         home = str(Path.home())
-        for place in gpt_image2.config_places(env):
+        with mock.patch.dict(os.environ, XDG_CONFIG_HOME="$XDG_CONFIG_HOME"):
+            places = gpt_image2.config_places()
+        for place in places:
             name = f"`{place.replace(home, '~').replace(chr(92), '/')}`"
             self.assertIn(name, section(README, "Settings"))
 

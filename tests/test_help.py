@@ -19,7 +19,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gpt_image2
-from gpt_image2 import COMMANDS, EXAMPLES, SETTINGS, Args
+from gpt_image2 import COMMANDS, SETTINGS, Args
 from tests.support import ROOT, SCRIPT, Case, clean_environment, start
 
 GOLDEN = ROOT / "tests" / "data" / "help.txt"
@@ -78,12 +78,17 @@ def names_in(left: str) -> list[str]:
     return re.findall(r"(?:^|, )(--?[a-z][a-z0-9-]*)", left)
 
 
+def shown_examples(command: str) -> list[str]:
+    """Return the lines of a command's examples, as its help shows them."""
+    return texts()[command].partition("\nexamples:\n")[2].strip("\n").splitlines()
+
+
 def examples(command: str) -> Iterator[tuple[str, str]]:
     """Yield (intent, command line) of a command's examples."""
     intent = ""
-    for line in EXAMPLES[command].strip().splitlines():
+    for line in shown_examples(command):
         if line.startswith(" "):
-            yield intent, line.strip()
+            yield intent, line.strip().replace("gpt-image2 ", "", line.startswith("  gpt-image2"))
         else:
             intent = line
 
@@ -140,10 +145,10 @@ class TestForm(unittest.TestCase):
 
     def test_the_overview_names_every_command(self) -> None:
         found = re.findall(r"^  (\w+) +(\S.*)$", texts()[""].partition("commands:")[2], re.M)
-        self.assertEqual(found, [(name, row[3]) for name, row in COMMANDS.items()])
+        self.assertEqual(found, [(name, row.summary) for name, row in COMMANDS.items()])
 
     def test_each_begins_with_its_usage(self) -> None:
-        for command, (_, _, syntax, summary) in COMMANDS.items():
+        for command, (_, _, syntax, summary, _) in COMMANDS.items():
             usage, blank, told, *_ = texts()[command].splitlines()
             self.assertEqual(usage, f"usage: gpt-image2 {command} {syntax}")
             self.assertEqual(blank, "")
@@ -157,7 +162,7 @@ class TestForm(unittest.TestCase):
                 for left, _ in section.options
                 for name in names_in(left)
             ]
-            known = [name for row in gpt_image2.option_rows(command) for name in row[1]]
+            known = [name for row in gpt_image2.options_of(command) for name in row.names]
             with self.subTest(command):
                 self.assertEqual(sorted(shown), sorted(known))
                 self.assertEqual(len(set(known)), len(known))
@@ -171,7 +176,7 @@ class TestForm(unittest.TestCase):
 
     def test_metavars_tell_the_syntax(self) -> None:
         for command in COMMANDS:
-            kinds = {n: row[2] for row in gpt_image2.option_rows(command) for n in row[1]}
+            kinds = {n: row.kind for row in gpt_image2.options_of(command) for n in row.names}
             for section in sections(texts()[command]):
                 for left, _ in section.options:
                     name = names_in(left)[-1]
@@ -197,17 +202,14 @@ class TestForm(unittest.TestCase):
 
 class TestExamples(unittest.TestCase):
     def test_each_command_has_some(self) -> None:
-        self.assertEqual(set(EXAMPLES), set(COMMANDS))
+        self.assertEqual({row[0] for row in gpt_image2.EXAMPLES}, set(COMMANDS))
         for command in COMMANDS:
             with self.subTest(command):
                 self.assertTrue(list(examples(command)))
-                shown = texts()[command].partition("\nexamples:\n")[2]
-                pasted = re.sub(f"(?m)^  (?={command})", "  gpt-image2 ", EXAMPLES[command])
-                self.assertEqual(shown.strip(), pasted.strip())
 
     def test_each_is_led_by_its_intent(self) -> None:
         for command in COMMANDS:
-            lines = EXAMPLES[command].strip().splitlines()
+            lines = shown_examples(command)
             for intent, line in zip(lines[::2], lines[1::2]):
                 with self.subTest(line):
                     self.assertRegex(intent, r"^[a-z].+[^.]:$")
@@ -302,8 +304,10 @@ class TestDefaults(unittest.TestCase):
 
     def test_the_format_is_what_the_suffix_says(self) -> None:
         for name, wanted in (("fox.webp", "webp"), ("fox.jpg", "jpeg"), ("fox.PNG", "png")):
-            given = gpt_image2.suffix_option(Args(), name)
-            self.assertEqual(given, {"output_format": wanted}, name)
+            args = Args()
+            args.command, args.output = "generate", name
+            given = gpt_image2.chosen_options(args, gpt_image2.Settings({}))
+            self.assertEqual(given["output_format"], wanted, name)
 
     def test_ranges_are_the_real_ones(self) -> None:
         for command in COMMANDS:

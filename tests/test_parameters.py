@@ -74,7 +74,7 @@ def optional_fields(endpoint: str) -> list[str]:
 
 def option_of(name: str) -> str:
     """Return the long option of a field."""
-    return next(field.option.split()[-1] for field in FIELDS if field.name == name)
+    return next(field.names[-1] for field in FIELDS if field.field == name)
 
 
 def nested(values: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class SdkFields(ParameterCase):
     def test_every_field_has_its_option(self) -> None:
         for endpoint, command in COMMANDS.items():
             shown = re.split(r"[\s,]+", self.check(self.run_tool(command, "--help"), 0).out)
-            ours = {field.name for field in FIELDS if LETTERS[endpoint] in field.endpoints}
+            ours = {field.field for field in FIELDS if LETTERS[endpoint] in field.commands}
             for name in set(RECORD["endpoints"][endpoint]) - RETIRED_FIELDS:
                 with self.subTest(endpoint=endpoint, field=name):
                     self.assertIn(name, ours | set(OTHERWISE))
@@ -141,7 +141,7 @@ class SdkFields(ParameterCase):
     def test_no_option_is_of_a_field_that_the_sdk_does_not_know(self) -> None:
         for endpoint, letter in LETTERS.items():
             with self.subTest(endpoint):
-                ours = {field.name for field in FIELDS if letter in field.endpoints}
+                ours = {field.field for field in FIELDS if letter in field.commands}
                 self.assertEqual(ours, set(optional_fields(endpoint)))
 
     def test_every_value_is_taken_and_arrives(self) -> None:

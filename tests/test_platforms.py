@@ -20,7 +20,7 @@ import tempfile
 import threading
 import unittest
 from pathlib import Path
-from typing import Any, Iterator
+from typing import IO, Any, Iterator
 from unittest import mock
 
 import gpt_image2
@@ -145,7 +145,7 @@ class TestCurlProgram(PlatformCase):
         self.on_windows()
         started = self.change(mock.patch("subprocess.Popen"))
         self.change(mock.patch("subprocess.CREATE_NEW_PROCESS_GROUP", 0x200, create=True))
-        gpt_image2.start_curl(b"", str(self.tmp / "line"), [], ["-q"])
+        gpt_image2.start_curl(b"", str(self.tmp / "line"), [])
         keywords = started.call_args[1]
         self.assertTrue(keywords["start_new_session"], "Linux and macOS")
         self.assertTrue(keywords.get("creationflags", 0) & 0x200, "a session is nothing to Windows")
@@ -167,8 +167,8 @@ class TestLocks(PlatformCase):
 
         self.change(mock.patch("os.replace", replace))
 
-    def job(self) -> gpt_image2.Job:
-        """Return a job folder with its record, whose lock this process has."""
+    def job(self) -> tuple[str, IO[bytes]]:
+        """Return a job folder with its record, and its lock, which this process has."""
         folder = self.tmp / "20261121T000000Z-0123456789ab"
         folder.mkdir()
         for name in (gpt_image2.LOCK, gpt_image2.RECORD, gpt_image2.CURL_LINE):
@@ -176,7 +176,7 @@ class TestLocks(PlatformCase):
         lock = gpt_image2.try_lock(str(folder / gpt_image2.LOCK))
         assert lock
         self.addCleanup(lock.close)
-        return gpt_image2.Job(str(folder), lock)
+        return str(folder), lock
 
     def test_a_free_file(self) -> None:
         path = self.file("lock", data=b"1234")
@@ -199,23 +199,22 @@ class TestLocks(PlatformCase):
         self.assertEqual(os.listdir(self.tmp), ["lock"])
 
     def test_a_job(self) -> None:
-        job = self.job()
-        self.held.add(job.path(gpt_image2.LOCK))
-        self.assertIsNone(gpt_image2.take_job(job.folder))
+        folder, _ = self.job()
+        self.held.add(os.path.join(folder, gpt_image2.LOCK))
+        self.assertIsNone(gpt_image2.lock_job(folder))
         self.held.clear()
-        taken = gpt_image2.take_job(job.folder)
+        taken = gpt_image2.lock_job(folder)
         assert taken
-        taken.lock.close()
+        taken.close()
 
     def test_a_curl_that_lives(self) -> None:
-        job = self.job()
-        self.assertFalse(gpt_image2.curl_lives(job))
-        self.held.add(job.path(gpt_image2.CURL_LINE))
-        self.assertTrue(gpt_image2.curl_lives(job))
+        folder, _ = self.job()
+        self.assertFalse(gpt_image2.curl_lives(folder))
+        self.held.add(os.path.join(folder, gpt_image2.CURL_LINE))
+        self.assertTrue(gpt_image2.curl_lives(folder))
 
     def test_a_job_is_removed_whole(self) -> None:
-        job = self.job()
-        gpt_image2.remove_job(job)
+        gpt_image2.remove_job(*self.job())
         self.assertEqual(os.listdir(self.tmp), [])
 
 
@@ -308,21 +307,6 @@ class TestFiles(PlatformCase):
             gpt_image2.private_file(path, b"x")
         self.assertEqual(Path(path).read_bytes(), b"mine")
 
-    def test_windows_is_told_that_files_are_binary(self) -> None:
-        binary = 1 << 30
-        self.change(mock.patch("os.O_BINARY", binary, create=True))
-        flags: list[int] = []
-        real = os.open
-
-        def noted(path: str, how: int, mode: int = 0o777) -> int:
-            flags.append(how)
-            return real(path, how & ~binary, mode)
-
-        with mock.patch("os.open", noted):
-            gpt_image2.private_file(str(self.tmp / "private"), b"\n")
-            gpt_image2.open_lines(str(self.tmp / "lines")).close()
-        self.assertEqual([bool(how & binary) for how in flags], [True, True])
-
     def test_a_folder_that_cannot_be_opened(self) -> None:
         with mock.patch("os.open", side_effect=PermissionError(13, "it is a folder")) as opened:
             gpt_image2.sync_folder(str(self.tmp))
@@ -333,17 +317,12 @@ class TestFiles(PlatformCase):
             gpt_image2.sync_folder(str(self.tmp))
         os.close(close.call_args[0][0])
 
-    def test_a_file_system_without_modes(self) -> None:
-        with mock.patch("os.chmod", side_effect=OSError(95, "no modes")) as chmod:
-            gpt_image2.open_to_others(str(self.tmp), 0o644)
-        chmod.assert_called_once()
-
     def test_only_posix_is_warned_that_others_can_read_its_config(self) -> None:
         path = self.file("config.json", data=b"{}")
         for name, warned in (("nt", 0), ("posix", 1)):
             console = gpt_image2.Console(quiet=True)
             with self.subTest(name), mock.patch("os.name", name):
-                gpt_image2.check_config(path, {}, console)
+                gpt_image2.check_config(path, [], console)
                 self.assertEqual(len(console.warnings), warned)
 
 
@@ -351,7 +330,7 @@ class TestStateFolder(PlatformCase):
     def test_nobody_has_a_uid(self) -> None:
         self.lacks(os, "getuid", "geteuid")
         self.assertEqual(os.path.basename(gpt_image2.spare_root()), "gpt-image-2-user")
-        self.assertFalse(gpt_image2.not_ours(os.lstat(self.tmp)))
+        self.assertTrue(gpt_image2.is_ours(str(self.tmp)))
         self.change(mock.patch.dict(os.environ, XDG_STATE_HOME=str(self.tmp / "state")))
         folder = gpt_image2.jobs_folder(gpt_image2.Console(quiet=True))
         self.assertEqual(folder, str(self.tmp / "state" / "gpt-image-2" / "jobs"))
@@ -359,9 +338,9 @@ class TestStateFolder(PlatformCase):
     @unittest.skipUnless(hasattr(os, "getuid"), "nobody has a uid here")
     def test_somebody_elses_is_not_used(self) -> None:
         info = os.lstat(self.tmp)
-        self.assertFalse(gpt_image2.not_ours(info))
+        self.assertTrue(gpt_image2.is_ours(str(self.tmp)))
         with mock.patch("os.getuid", return_value=info.st_uid + 1):
-            self.assertTrue(gpt_image2.not_ours(info))
+            self.assertFalse(gpt_image2.is_ours(str(self.tmp)))
 
     def test_below_a_profile_of_windows(self) -> None:
         self.with_windows_paths()
@@ -371,7 +350,7 @@ class TestStateFolder(PlatformCase):
         state = path_named("Users", "ä b", ".local", "state", "gpt-image-2")
         self.assertEqual(gpt_image2.state_root(), state)
         config = path_named("Users", "ä b", ".config", "gpt-image-2", "config.json")
-        self.assertEqual(gpt_image2.config_places(dict(os.environ))[0], config)
+        self.assertEqual(gpt_image2.config_places()[0], config)
 
 
 class TestSignals(PlatformCase):
@@ -413,14 +392,12 @@ class TestCommands(PlatformCase):
 
     def test_a_quiet_wait_looks_for_ctrl_c_every_second(self) -> None:
         """Waiting for a thread, as communicate() does there, goes on through a signal."""
-        session = gpt_image2.Session(gpt_image2.Console(quiet=True), mode=0o644)
-        watch = gpt_image2.Watch(str(self.tmp / "answer"))
-        for name, longest in (("nt", 1.0), ("posix", 30.0)):
-            process = mock.Mock()
-            process.communicate.return_value = (b"", b"")
-            with self.subTest(name), mock.patch("os.name", name):
-                gpt_image2.wait_for_curl(process, session, watch, 0)
-                self.assertEqual(process.communicate.call_args[1]["timeout"], longest)
+        process = mock.Mock(returncode=0)
+        process.communicate.return_value = (b"", b"")
+        console, line = gpt_image2.Console(quiet=True), str(self.tmp / "line")
+        with mock.patch("gpt_image2.start_curl", return_value=process):
+            gpt_image2.run_curl([], line, console, lambda: 0)
+        self.assertLessEqual(process.communicate.call_args[1]["timeout"], 1.0)
 
 
 def unquoted(config: bytes) -> str:
@@ -452,21 +429,25 @@ class TestQuoting(Case):
     def test_a_path(self) -> None:
         for name in self.names():
             with self.subTest(name):
-                self.assertEqual(unquoted(gpt_image2.curl_line("output", name)), name)
+                self.assertEqual(unquoted(gpt_image2.curl_config([("output", name)])), name)
 
     def test_a_path_in_a_form(self) -> None:
         for name in self.names():
             with self.subTest(name):
-                line = gpt_image2.form_file_line("image", name, "image.png", "image/png")
+                info = gpt_image2.PictureInfo("png", 1, 1, False, True)
+                file = gpt_image2.Attachment("image", name, info, 1, "")
+                request = gpt_image2.Request("edit", {}, (file,))
+                settings = mock.Mock(image_field="auto")
+                line = gpt_image2.curl_config(gpt_image2.file_pairs(request, settings, ""))
                 lead, _, value = unquoted(line).partition("@")
                 path, rest = form_path(value)
                 told = (lead, path, rest)
                 self.assertEqual(told, ("image=", name, ";filename=image.png;type=image/png"))
 
     def test_the_bytes(self) -> None:
-        line = gpt_image2.curl_line("output", r"C:\Users\me\ä b.png")
+        line = gpt_image2.curl_config([("output", r"C:\Users\me\ä b.png")])
         self.assertEqual(line, 'output = "C:\\\\Users\\\\me\\\\ä b.png"\n'.encode())
-        self.assertEqual(gpt_image2.form_file(r"C:\a b.png"), r'"C:\\a b.png"')
+        self.assertEqual(gpt_image2.form_path(r"C:\a b.png"), r'"C:\\a b.png"')
 
     @unittest.skipIf(os.name == "nt", "Windows has no such names")
     def test_curl_reads_the_same_path_back(self) -> None:
@@ -475,8 +456,8 @@ class TestQuoting(Case):
         source.write_bytes(FOX)
         config = b"silent\nshow-error\ngloboff\n"
         for name in HOSTILE_NAMES:
-            config += gpt_image2.curl_line("url", source.as_uri())
-            config += gpt_image2.curl_line("output", str(self.work / name))
+            pairs = [("url", source.as_uri()), ("output", str(self.work / name))]
+            config += gpt_image2.curl_config(pairs)
         command = [gpt_image2.find_curl(), "-q", "-K", "-"]
         done = subprocess.run(command, input=config, capture_output=True, timeout=60, check=False)
         if done.returncode == 1:
@@ -501,9 +482,11 @@ class TestPaths(PlatformCase):
 
     def planned(self, output: str | None, output_dir: str | None = None) -> gpt_image2.Target:
         """Return where the pictures of a request for one picture go."""
-        request = gpt_image2.Request("generate", "generations", ())
+        request = gpt_image2.Request("generate", {})
         settings = mock.Mock(output_dir=output_dir or ".", sandbox=False)
-        return gpt_image2.plan_target(output, output_dir, request, settings, False)
+        args = gpt_image2.Args()
+        args.output, args.output_dir = output, output_dir
+        return gpt_image2.plan_target(args, request, settings)
 
     def test_outputs_with_a_drive(self) -> None:
         self.with_windows_paths()

@@ -12,7 +12,7 @@ import unittest
 from typing import Iterator
 from unittest import mock
 
-from gpt_image2 import Console, Progress
+from gpt_image2 import Console, wait_for
 from tests.pictures import png
 from tests.support import (
     Api,
@@ -218,11 +218,13 @@ class ElsewhereTickByTick(unittest.TestCase):
         stderr = io.TextIOWrapper(raw)
         with mock.patch("sys.stderr", stderr), mock.patch("time.monotonic") as clock:
             clock.return_value = 1000.0
-            progress = Progress(Console(quiet=quiet), "10 to 70 s")
-            for second in seconds:
-                clock.return_value = 1000.0 + second
-                progress.tick(received)
-            progress.stop()
+
+            def ended() -> bool:
+                second = next(seconds, None)
+                clock.return_value = 1000.0 + (second or 0)
+                return second is None
+
+            wait_for(ended, lambda: received, Console(quiet=quiet), "10 to 70 s")
         return raw.getvalue().decode().split("\n")[:-1]
 
     def test_nothing_in_the_first_half_minute(self) -> None:

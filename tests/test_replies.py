@@ -18,7 +18,7 @@ import gpt_image2
 from gpt_image2 import (
     PictureInfo,
     Reply,
-    Skeleton,
+    Scanner,
     Span,
     decode_base64,
     inspect_picture,
@@ -74,19 +74,19 @@ class ReplyCase(unittest.TestCase):
 # ---- The scanner ------------------------------------------------------------------------------
 
 
-class TestSkeleton(ReplyCase):
+class TestScanner(ReplyCase):
     """Long strings stay in the file, all else is JSON as before."""
 
     def test_marks_stand_for_long_strings_only(self) -> None:
         self.buffers(7, 10)
         text = json.dumps({"short": "x" * 10, "long": "y" * 11, "list": ["z" * 99, 'a "b" \\']})
         self.path.write_text(text)
-        loaded, skeleton = self.skeleton(text.encode())
+        loaded, scanner = self.scanner(text.encode())
         self.assertEqual(loaded["short"], "x" * 10)
         self.assertEqual(loaded["list"][1], 'a "b" \\')
         start = text.index("y")
-        self.assertEqual(skeleton.span(loaded["long"]), Span(start, start + 11))
-        self.assertLess(len(skeleton.text), len(text) + 60)
+        self.assertEqual(scanner.span(loaded["long"]), Span(start, start + 11))
+        self.assertLess(len(scanner.text), len(text) + 60)
 
     def test_any_json_survives_any_buffers(self) -> None:
         source = random.Random(1)
@@ -97,33 +97,33 @@ class TestSkeleton(ReplyCase):
             body = text.encode("utf-8", "surrogatepass")
             self.buffers(source.randint(7, 60), source.randint(1, 40))
             with self.subTest(number, text=text):
-                loaded, skeleton = self.skeleton(body)
-                self.assertEqual(self.resolved(loaded, skeleton, body), value)
+                loaded, scanner = self.scanner(body)
+                self.assertEqual(self.resolved(loaded, scanner, body), value)
 
     def test_a_mark_cannot_be_forged(self) -> None:
         marks = [f"{word}:1:5" for word in ("0123456789abcdef", "nonce", "0" * 16, "")]
         for mark in marks:
             with self.subTest(mark):
-                loaded, skeleton = self.skeleton(json.dumps(mark).encode())
-                self.assertEqual(skeleton.span(loaded), mark)
+                loaded, scanner = self.scanner(json.dumps(mark).encode())
+                self.assertEqual(scanner.span(loaded), mark)
 
-    def skeleton(self, body: bytes) -> tuple[Any, Skeleton]:
-        """Feed a body window by window; return what json reads from the skeleton, and it."""
-        skeleton = Skeleton(False)
+    def scanner(self, body: bytes) -> tuple[Any, Scanner]:
+        """Feed a body window by window; return what json reads from the scanner, and it."""
+        scanner = Scanner(False)
         for at in range(0, len(body), gpt_image2.WINDOW):
-            skeleton.feed(body[at : at + gpt_image2.WINDOW])
-        return json.loads(skeleton.text.decode("utf-8", "surrogatepass")), skeleton
+            scanner.feed(body[at : at + gpt_image2.WINDOW])
+        return json.loads(scanner.text.decode("utf-8", "surrogatepass")), scanner
 
-    def resolved(self, value: Any, skeleton: Skeleton, body: bytes) -> Any:
+    def resolved(self, value: Any, scanner: Scanner, body: bytes) -> Any:
         """Return a parsed value with its marks replaced by what they stand for."""
         if isinstance(value, dict):
             return {
-                self.resolved(name, skeleton, body): self.resolved(item, skeleton, body)
+                self.resolved(name, scanner, body): self.resolved(item, scanner, body)
                 for name, item in value.items()
             }
         if isinstance(value, list):
-            return [self.resolved(item, skeleton, body) for item in value]
-        span = skeleton.span(value)
+            return [self.resolved(item, scanner, body) for item in value]
+        span = scanner.span(value)
         if not isinstance(span, Span):
             return value
         return json.loads(b'"' + body[span.start : span.end] + b'"')
