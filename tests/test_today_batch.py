@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests import today
-from tests.batches import BatchCase
+from tests.batches import BatchCase, drawn
 from tests.deferreds import CREATE, BatchApi, picture_of
 from tests.support import Run
 from tests.test_deferred import Deferred
@@ -21,7 +21,7 @@ class Journals(BatchCase):
         today.unpack(self, self.api, name)
         for label in "abcdef":  # what the server of that day painted
             for take in ("", ", 2", " again"):
-                self.painter.labels[today.drawn(label + take)] = label + take
+                self.painter.labels[drawn(label + take)] = label + take
 
     def test_killed_with_answers_on_the_way(self) -> None:
         self.unpack("killed")

@@ -102,7 +102,7 @@ class Make(Stage):
         painter.order("b", refusal(401, "invalid_api_key", "Wrong key."))
         painter.order("c", refusal(400, "moderation_blocked", "Not this."))
         two = answer(drawn("d"), drawn("d, 2"))
-        painter.order("d", two._replace(cut=len(two.body) - 30))
+        painter.order("d", two._replace(cut=two.body.rindex(b"b64_json") + 60))
         painter.order("e", answer(drawn("e"), b"no picture"))
         argv = ("--concurrency", "1", "--provider", "openai", "--quality", "low")
         self.check(self.run_tool("batch", "jobs.jsonl", *argv), 9)
