@@ -305,7 +305,7 @@ class TestDefaults(unittest.TestCase):
     def test_the_format_is_what_the_suffix_says(self) -> None:
         for name, wanted in (("fox.webp", "webp"), ("fox.jpg", "jpeg"), ("fox.PNG", "png")):
             args = Args()
-            args.command, args.output = "generate", name
+            args.__dict__.update(command="generate", output=name)
             given = gpt_image2.chosen_options(args, gpt_image2.Settings({}))
             self.assertEqual(given["output_format"], wanted, name)
 

@@ -137,11 +137,11 @@ class TestCurl(unittest.TestCase):
                 node.name in MAKERS_OF_PAIRS or node.name.endswith("_pairs")
             ):
                 for pair in ast.walk(node):
-                    if isinstance(pair, ast.Tuple) and len(pair.elts) == 2:
-                        first = pair.elts[0]
-                        if isinstance(first, ast.Constant) and isinstance(first.value, str):
-                            found.add(first.value)
-        return found
+                    if isinstance(pair, ast.For) and isinstance(pair.iter, ast.Tuple):
+                        found |= {str(getattr(word, "value", "")) for word in pair.iter.elts}
+                    elif isinstance(pair, ast.Tuple) and len(pair.elts) == 2:
+                        found.add(str(getattr(pair.elts[0], "value", "")))
+        return {name for name in found if re.fullmatch("[a-z][a-z0-9-]*", name)}
 
     def test_its_options_are_old(self) -> None:
         options = self.options()

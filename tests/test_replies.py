@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import socket
 import sys
 import tempfile
 import time
@@ -20,10 +21,10 @@ from gpt_image2 import (
     Reply,
     Scanner,
     Span,
-    decode_base64,
+    check_host,
+    decode_text,
     inspect_picture,
     is_public,
-    literal_address,
     read_reply,
     retry_after,
     span_pieces,
@@ -61,10 +62,10 @@ class ReplyCase(unittest.TestCase):
         with self.path.open("rb") as file:
             return [
                 b"".join(
-                    decode_base64(
+                    decode_text(
                         span_pieces(file, source.value)
                         if isinstance(source.value, Span)
-                        else [source.value.encode()]
+                        else iter([source.value.encode()])
                     )
                 )
                 for source in reply.images
@@ -112,7 +113,8 @@ class TestScanner(ReplyCase):
         scanner = Scanner(False)
         for at in range(0, len(body), gpt_image2.WINDOW):
             scanner.feed(body[at : at + gpt_image2.WINDOW])
-        return json.loads(scanner.text.decode("utf-8", "surrogatepass")), scanner
+        text = (scanner.text + scanner.head).decode("utf-8", "surrogatepass")
+        return json.loads(text), scanner
 
     def resolved(self, value: Any, scanner: Scanner, body: bytes) -> Any:
         """Return a parsed value with its marks replaced by what they stand for."""
@@ -251,7 +253,7 @@ class TestDecodeBase64(unittest.TestCase):
 
     def decode(self, text: str, size: int) -> bytes:
         pieces = [text[at : at + size].encode() for at in range(0, len(text), size)]
-        return b"".join(decode_base64(pieces))
+        return b"".join(decode_text(iter(pieces)))
 
     def test_pieces_of_every_size(self) -> None:
         for picture in (b"a", b"ab", b"abc", PICTURE):
@@ -268,7 +270,7 @@ class TestDecodeBase64(unittest.TestCase):
     def test_what_is_no_base64(self) -> None:
         good = b64(b"hello, fox")
         bad = ["!!!!", "A", "AAAAA", good + "A", good + good, good[:4] + "$" + good[4:]]
-        bad += ["aGVs$$bG8=", good[:4] + "=" + good[4:], "data:image/png,hello", "näh", "<svg/>"]
+        bad += ["aGVs$$bG8=", good[:4] + "=" + good[4:], "näh", "<svg/>"]
         bad += [good[:6] + "\x00" + good[6:], "QUJD" * 40_000 + "*" * 4, "QUJD" * 40_000 + "A"]
         for text in bad:
             for size in (3, 4, 4096):
@@ -500,28 +502,37 @@ class TestAddresses(unittest.TestCase):
                 self.assertFalse(is_public(address, True))
         self.assertTrue(is_public("198.20.0.1", True))
 
+    def checked(self, host: str) -> str:
+        """Return the address that a link's host is fetched from, where names lead to 8.8.8.8."""
+
+        def lookup(name: str, port: int, **options: int) -> list[Any]:
+            if options.get("flags", 0) & socket.AI_NUMERICHOST:
+                return numeric(name, port, **options)
+            return [(0, 0, 0, "", ("8.8.8.8", port))]
+
+        numeric = socket.getaddrinfo
+        base = gpt_image2.parse_base_url("https://relay.example/v1")
+        settings = gpt_image2.Settings({}, base=base, proxy=None)
+        with mock.patch("socket.getaddrinfo", lookup):
+            return check_host(host, 443, settings)
+
     def test_every_spelling_of_a_literal(self) -> None:
-        for host, address in (
-            ("127.0.0.1", "127.0.0.1"),
-            ("127.1", "127.0.0.1"),
-            ("2130706433", "127.0.0.1"),
-            ("0x7f000001", "127.0.0.1"),
-            ("0x7f.1", "127.0.0.1"),
-            ("0177.0.0.01", "127.0.0.1"),
-            ("017700000001", "127.0.0.1"),
-            ("0", "0.0.0.0"),
-            ("167772161", "10.0.0.1"),
-            ("0xa9fea9fe", "169.254.169.254"),
-            ("::1", "::1"),
-            ("::ffff:10.0.0.1", "::ffff:10.0.0.1"),
+        for host in (
+            *("127.0.0.1", "127.1", "2130706433", "0x7f000001", "0x7f.1", "0177.0.0.01"),
+            *("017700000001", "0", "167772161", "0xa9fea9fe", "::1", "::ffff:10.0.0.1"),
+            "localhost",
         ):
-            with self.subTest(host):
-                self.assertEqual(literal_address(host), address)
+            with self.subTest(host), self.assertRaises(gpt_image2.Failure):
+                self.checked(host)
+
+    def test_a_public_literal_is_left_to_curl(self) -> None:
+        for host in ("8.8.8.8", "134744072"):
+            self.assertEqual(self.checked(host), "")
 
     def test_names_are_no_literals(self) -> None:
-        for host in ("localhost", "example.com", "1.example.com", "a" * 300, "ä.example"):
+        for host in ("example.com", "1.example.com", "ä.example"):
             with self.subTest(host):
-                self.assertIsNone(literal_address(host))
+                self.assertEqual(self.checked(host), "8.8.8.8")
 
 
 # ---- Memory -----------------------------------------------------------------------------------
