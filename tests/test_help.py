@@ -148,7 +148,7 @@ class TestForm(unittest.TestCase):
         self.assertEqual(found, [(name, row.summary) for name, row in COMMANDS.items()])
 
     def test_each_begins_with_its_usage(self) -> None:
-        for command, (_, _, syntax, summary, _) in COMMANDS.items():
+        for command, (_, syntax, summary, _) in COMMANDS.items():
             usage, blank, told, *_ = texts()[command].splitlines()
             self.assertEqual(usage, f"usage: gpt-image2 {command} {syntax}")
             self.assertEqual(blank, "")
