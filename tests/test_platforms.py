@@ -377,7 +377,7 @@ class TestCommands(PlatformCase):
         self.change(mock.patch("sys.executable", python))
         for name, start in (("nt", f'"{python}" '), ("posix", f"'{python}' ")):
             with self.subTest(name), mock.patch("os.name", name):
-                shown = gpt_image2.recover_command("20261121T000000Z-0123456789ab")
+                shown = gpt_image2.own_command("recover", "20261121T000000Z-0123456789ab")
                 self.assertEqual(shown[: len(start)], start)
                 self.assertTrue(shown.endswith(" recover 20261121T000000Z-0123456789ab"))
 
