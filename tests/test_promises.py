@@ -37,6 +37,8 @@ OLD_OPTIONS = """
 # The functions that make curl's config.
 MAKERS_OF_PAIRS = {"fetch", "fetch_picture", "pasteable_command"}
 
+BANNER = re.compile(r"^#{80}\n# (.+)\n#{80}$", re.MULTILINE)
+
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
 
 
@@ -45,6 +47,14 @@ def functions(tree: ast.AST = TREE) -> Iterator[Function]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node
+
+
+def annotations_in(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield the annotations in a piece of the script, which are never evaluated."""
+    for node in ast.walk(tree):
+        for name in ("annotation", "returns"):
+            if getattr(node, name, None):
+                yield getattr(node, name)
 
 
 def called_name(call: ast.Call) -> str:
@@ -112,8 +122,28 @@ class TestSource(unittest.TestCase):
         silent = [node.name for node in [*classes, *long] if not ast.get_docstring(node)]
         self.assertEqual(silent, [])
 
+    def test_each_section_uses_the_ones_above_it(self) -> None:
+        starts = [TEXT[: match.start()].count("\n") for match in BANNER.finditer(TEXT)]
+        section = {node: sum(node.lineno > start for start in starts) for node in TREE.body}
+        place = {
+            node.name: section[node]
+            for node in TREE.body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
+        for node in TREE.body:
+            if getattr(node, "name", "") == "Job":
+                continue
+            told = {id(name) for note in annotations_in(node) for name in ast.walk(note)}
+            names = [name for name in ast.walk(node) if isinstance(name, ast.Name)]
+            own = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+            own |= {argument.arg for argument in ast.walk(node) if isinstance(argument, ast.arg)}
+            own |= {inner.name for inner in functions(node) if inner is not node}
+            used = {name.id for name in names if id(name) not in told} - own
+            later = {name for name in used if place.get(name, 0) > section[node]}
+            self.assertEqual(later, set(), f"line {node.lineno}")
+
     def test_the_banners_are_the_map(self) -> None:
-        banners = re.findall(r"^#{80}\n# (.+)\n#{80}$", TEXT, re.MULTILINE)
+        banners = BANNER.findall(TEXT)
         docstring = ast.get_docstring(TREE) or ""
         named = " ".join(docstring.split("\n\n")[-1].split()).partition(": ")[2]
         self.assertEqual(re.split(", ", named.rstrip(".")), banners)
