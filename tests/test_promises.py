@@ -35,7 +35,7 @@ OLD_OPTIONS = """
 """
 
 # The functions that make curl's config.
-MAKERS_OF_PAIRS = {"fetch", "fetch_picture", "pasteable_command"}
+MAKERS_OF_PAIRS = {"fetch", "fetch_large", "download", "pasteable_command"}
 
 BANNER = re.compile(r"^#{80}\n# (.+)\n#{80}$", re.MULTILINE)
 
