@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -19,6 +21,7 @@ from tests.batches import BAD_REQUEST, LOW, POLICY, UNAUTHORIZED, BatchCase, dra
 from tests.pictures import png
 from tests.storm import storm
 from tests.support import (
+    SCRIPT,
     Argument,
     Child,
     Reply,
@@ -30,6 +33,21 @@ from tests.support import (
 
 OOPS = refusal(500, "server_error", "Oops.")
 SILENT = Reply(silent=True)
+
+
+LATE_ANSWER = """
+import shutil, sys
+
+sys.path.insert(0, sys.argv[1])
+import gpt_image2
+
+def it_has_just_ended(folder):
+    shutil.copy(sys.argv[2], f"{folder}/response.json")
+    return False
+
+gpt_image2.curl_lives = it_has_just_ended
+sys.exit(gpt_image2.main(sys.argv[3:]))
+"""
 
 
 class ResumeCase(BatchCase):
@@ -406,6 +424,23 @@ class Killed(ResumeCase):
                 self.check(self.finish(second), 0)
                 self.assertEqual(len(self.painter.seen), 2)
                 shutil.rmtree(self.folder)
+
+    def test_an_answer_that_ends_while_it_is_looked_for(self) -> None:
+        """First the curl is asked for, then the answer: one that ends in between has come."""
+        tool, release = self.under_way("a")
+        self.killed(tool)
+        for curl in self.processes("curl"):
+            os.kill(curl, signal.SIGKILL)
+        self.curls_end()
+        release.set()
+        (self.tmp / "answer").write_bytes(answer(drawn("a")).body)
+        self.painter.labels[drawn("a")] = "a"
+        (self.tmp / "late.py").write_text(LATE_ANSWER)
+        words = ["batch", "jobs.jsonl", "--redo", "unknown"]
+        argv = [sys.executable, self.tmp / "late.py", SCRIPT.parent, self.tmp / "answer", *words]
+        run = subprocess.run(argv, cwd=self.work, env=self.env, capture_output=True, check=False)
+        self.assertEqual((run.returncode, self.posted()), (0, ["a"]), run.stderr.decode())
+        self.check_done("a")
 
     def test_again_and_again(self) -> None:
         tool, release = self.under_way("a", "b")
