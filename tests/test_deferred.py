@@ -459,6 +459,18 @@ class Kills(Deferred):
         self.assertEqual(self.endpoints(), {"generations": 1})
         self.check_pictures(*(f"job {number}" for number in range(1, 7)))
 
+    def test_after_the_last_result_its_file_goes_too(self) -> None:
+        """The folder is put back as a kill before its end leaves it."""
+        self.numbered(2)
+        self.batch()
+        (key,) = {line["key"] for line in self.lines() if line["state"] == "batch"}
+        self.api.end()
+        self.batch()
+        (self.kept / key).mkdir(parents=True)
+        (self.kept / key / "output_file_id.jsonl").write_bytes(self.api.contents["file_1"])
+        self.batch()
+        self.assertEqual(self.left(), [])
+
 
 class Uncertain(Deferred):
     """Calls that fail, and those whose outcome nobody knows."""
@@ -832,6 +844,17 @@ class Ends(Deferred):
         self.assertEqual(set(self.states().values()), {"unknown"})
         answers = [(job / "response.json").read_bytes() for job in self.jobs()]
         self.assertEqual([text.count(b'"b65_json"') for text in answers], [1, 1])
+
+    def test_a_line_that_is_torn_is_kept(self) -> None:
+        """Its job was billed: what the server sent of it stays, and no later run removes it."""
+        self.numbered(2)
+        self.batch()
+        self.api.end(shape=lambda body: body[:-200])
+        self.assertIn("what could not be saved is kept in", self.batch(code=9).err)
+        self.assertEqual(list(self.states().values()), ["saved", "unknown"])
+        self.batch(code=9)
+        (file,) = self.kept.rglob("output_file_id.jsonl")
+        self.assertEqual(file.read_bytes(), self.api.contents["file_1"])
 
     def test_lines_that_are_odd(self) -> None:
         """Foreign ids, rubbish, a duplicate, and a last line that is torn."""
