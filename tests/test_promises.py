@@ -21,7 +21,18 @@ TEXT = SCRIPT.read_text(encoding="utf-8")
 TREE = ast.parse(TEXT)
 
 LONGEST_FUNCTION = 60
-LIGHT_IMPORTS = {"_thread", "__future__", "json", "os", "re", "stat", "sys", "time", "typing"}
+LIGHT_IMPORTS = {
+    "_thread",
+    "__future__",
+    "binascii",
+    "json",
+    "os",
+    "re",
+    "stat",
+    "sys",
+    "time",
+    "typing",
+}
 WINDOWS_ONLY = {"msvcrt", "winreg"}
 
 # The options of curl 7.58 (January 2018) that are of use here, and nothing newer.
