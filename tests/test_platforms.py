@@ -541,12 +541,12 @@ class TestPaths(PlatformCase):
         devices = ["con", "CON", "nul", "Aux", "prn", "com1", "lpt9", "con.v2"]
         for name in (*marked, *at_the_ends, *devices):
             with self.subTest(name), self.assertRaises(Failure):
-                gpt_image2.line_id({"id": name})
+                gpt_image2.line_id(name)
 
     def test_ids_that_it_can(self) -> None:
         for name in ("a b", "ä", "v1.2", "console", "com", "lpt", "nulls", "a'b&c", "狐"):
             with self.subTest(name):
-                self.assertEqual(gpt_image2.line_id({"id": name}), name)
+                self.assertEqual(gpt_image2.line_id(name), name)
 
 
 class TestUtf8(Case):
