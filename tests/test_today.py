@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import time
 from pathlib import Path
+from unittest import mock
 
+import gpt_image2
 from tests.pictures import png
 from tests.support import Api, Case, answer
 
@@ -74,6 +78,34 @@ class TestResumed(TodayCase):
         run = self.check(self.run_tool(*FOX), 0)
         self.assertEqual((len(api.posts), self.jobs()), (1, []))
         self.assertNotIn("billed", run.err)
+
+    def test_a_curl_that_ends_between_two_questions_has_answered(self) -> None:
+        """Asked whether it lives it is dead, and its answer came just before that."""
+        api = self.serve_base()
+        folder = self.put_job("killed", api)
+        came = (folder / "response.json").read_bytes()
+        for name in ("response.json", "headers.txt"):
+            (folder / name).write_bytes(b"")
+
+        def lives(place: str) -> bool:
+            Path(place, "response.json").write_bytes(came)
+            return False
+
+        output, here = io.TextIOWrapper(io.BytesIO()), os.getcwd()
+        os.chdir(self.work)
+        self.addCleanup(os.chdir, here)
+        for target, value in (
+            ("gpt_image2.curl_lives", lives),
+            ("gpt_image2.Signals.install", mock.Mock()),
+            ("sys.stdout", output),
+        ):
+            patch = mock.patch(target, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+        with mock.patch.dict(os.environ, self.env):
+            self.assertEqual(gpt_image2.main([*FOX, "--quiet"]), 0)
+        self.assertEqual((self.work / "fox.png").read_bytes(), FIRST)
+        self.assertEqual((api.posts, self.jobs()), ([], []))
 
     def test_one_that_was_set_aside_is_not_taken_over(self) -> None:
         api = self.serve_base(answer(OTHER))
