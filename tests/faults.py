@@ -32,7 +32,6 @@ from typing import Any, Callable, Iterator, NamedTuple, Sequence
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.nursery import Nursling
 from tests.pictures import png
 from tests.support import (
     KEY,
