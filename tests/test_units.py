@@ -395,8 +395,7 @@ class TestPieces(unittest.TestCase):
     def read(self, body: str, window: int, long_string: int, *, salvage: bool = False) -> Any:
         """Read an answer through buffers of these sizes."""
         self.path.write_text(body, encoding="utf-8")
-        sizes = {"WINDOW": window, "LONG_STRING": long_string}
-        with mock.patch.multiple(gpt_image2, **sizes):
+        with mock.patch.multiple(gpt_image2, WINDOW=window, LONG_STRING=long_string):
             reply = read_reply(str(self.path), salvage)
             return reply, [b"".join(self.pieces(source.value)) for source in reply.images]
 
