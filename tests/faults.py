@@ -175,6 +175,10 @@ def silence(stage: Stage) -> Run:
     return answers(answer(FIRST)._replace(before=threading.Event()), argv=(*FOX, *BRIEF))(stage)
 
 
+def unsafe(stage: Stage) -> Run:
+    return answers(page(500, "Error"), answer(FIRST), argv=(*FOX, "--retry-unsafe"))(stage)
+
+
 def stalled(reply: Reply, sent: int) -> Play:
     """Play an answer that stops after so many bytes of its body."""
     chunks: list[Chunk] = [reply.body[:sent], threading.Event()]
@@ -187,7 +191,7 @@ def link(*replies: Script, later: bytes = b"", more: Sequence[Argument] = ()) ->
 
     def play(stage: Stage) -> Run:
         api = stage.serve_base()
-        api.files["/a.png"] = [*replies, *[replies[0]] * (not later and len(replies) == 1)]
+        api.files["/a.png"] = list(replies)
         stage.repair = lambda: api.put("/a.png", later or Reply(404))
         api.script.append(answer(api.origin + "/a.png"))
         return stage.run_tool(*FOX, "--json", *more)
@@ -601,22 +605,40 @@ RETRIED = Outcome(0, 2, 1)
 UNKNOWN = Outcome(8, recover=NOTHING)
 UNKNOWN_RETRIED = Outcome(8, 2, recover=NOTHING)
 NO_PICTURE = Outcome(10, recover=NOTHING)
+NO_POST = UNKNOWN._replace(posts=0)
+ONE_LOST = Outcome(9, saved=2, recover=(9, 2))
+ONE_KEPT = Outcome(8, recover=(9, 1))
 TWO_KEPT = Outcome(8, recover=(9, 2))
 KEPT = Outcome(9, saved=1, recover=(0, 1))  # saved beside the answer, which stays
 LATER = Outcome(10, recover=(0, 1))
 
 NOW, HOUR = ("Retry-After", "0"), ("Retry-After", "3600")
+BLOCKED_TOLD = ("No way", "moderation_blocked")
+BLOCKED = dict(zip(("message", "code"), BLOCKED_TOLD))
+EARLY = partial_event(PREVIEW)
+HEADS = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"
 THREE = answer(FIRST, SECOND, THIRD)
 ONE_BAD = THREE.body.replace(b64(SECOND).encode(), b"!!!!" * 999)
 UPSTREAM = json_reply({"error": {"message": "Timed out", "type": "upstream_error", "code": None}})
+BUSY = b"\n\n \n"  # a relay's blank lines, which keep the line open
+BUSY_THEN_ERROR = in_pieces(Reply(200, BUSY + UPSTREAM.body), 1)
+BUSY_THEN_BLOCKED = Reply(200, BUSY + json_reply({"error": BLOCKED}).body)
+BUSY_THEN_SAVED = Reply(200, b"\n" * 5000 + answer(FIRST).body)
+MISNAMED = Reply(200, b"\xef\xbb\xbf" + answer(FIRST).body, [("Content-Type", "text/html")])
+EARLY_HINTS = Reply(raw=HEADS + b"HTTP/1.1 200 OK\r\n\r\n" + answer(FIRST).body)
+NO_LAST_CHUNK = answer(FIRST)._replace(framing="chunked", cut=len(answer(FIRST).body))
+SHORT = THREE._replace(content_length=middle_of(THREE, SECOND))
+NAMED_ERROR = event_stream(f"event: error\ndata: {json.dumps(BLOCKED)}\n\n".encode())
+BLOCKED_LATER = event_stream(EARLY, {"type": "error", "error": BLOCKED})
+FAILED_LATER = event_stream(EARLY, json.loads(UPSTREAM.body))
+UNASKED = event_stream(EARLY, completed_event(FIRST), "[DONE]")
+ONE_AND_EARLY = event_stream(completed_event(FIRST), EARLY)
+CUT_STREAM = ONE_AND_EARLY._replace(framing="length", content_length=99_999)
 CUT_END = answer(FIRST)._replace(cut=len(answer(FIRST, usage={}).body) - 2)  # ... "b64"}
 CUT = cut_in(THREE, THIRD)
-HEADS = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n"
-BLOCKED = {"message": "No way", "code": "moderation_blocked"}
 DETAIL = {"detail": [{"loc": ["body", "size"], "msg": "too bad"}]}
 QUOTA = refusal(429, None, "Add credit.", type="insufficient_quota", headers=[NOW])
 AGAIN = ("X-Should-Retry", "true")
-EARLY = partial_event(PREVIEW)
 VIOLATION = "safety_violations=[violence]"
 UNVERIFIED = "Your organization must be verified."
 UNSENT = "nothing was sent"
@@ -631,11 +653,12 @@ def row(
     told: Play | Reply | Sequence[Script],
     says: str = "",
     code: str = "",
-    argv: Sequence[Argument] = FOX,
+    *,
+    n: int = 1,
 ) -> Fault:
     """Return a row: a play, or the replies of a server to one POST after the other."""
     if not callable(told):
-        told = answers(*([told] if isinstance(told, Reply) else told), argv=argv)
+        told = answers(*([told] if isinstance(told, Reply) else told), argv=FOXES if n > 1 else FOX)
     return Fault(name, told, outcome, says, code)
 
 
@@ -712,7 +735,7 @@ LIMITS = [
     ),
     row("HTTP 429 three times, Retry-After: 0", Outcome(6, 3), [limit(NOW)] * 3, "Slow"),
     row("HTTP 503 three times, Retry-After: 0", Outcome(6, 3), [page(503, "Busy", [NOW])] * 3),
-    row("HTTP 429, and no retries", LIMIT, limit(NOW), "Slow", argv=(*FOX, *ONCE)),
+    row("HTTP 429, and no retries", LIMIT, answers(limit(NOW), argv=(*FOX, *ONCE)), "Slow"),
     row("HTTP 429, Retry-After: 3600", LIMIT, limit(HOUR), "3600 s"),
     row("HTTP 503, Retry-After: 3600", LIMIT, page(503, "Unavailable", [HOUR]), "3600 s"),
     *coded(429, LIMIT, "insufficient_quota", "credit_balance_exhausted"),
@@ -737,18 +760,13 @@ SERVER_ERRORS = [
     row("HTTP 529", UNKNOWN, page(529, "Overloaded"), "billed"),
     row("HTTP 408", UNKNOWN, Reply(408, headers=[NOW]), "billed"),
     row("HTTP 409", UNKNOWN, plain(409, headers=[NOW]), "No such thing"),
-    row(
-        "HTTP 500, and --retry-unsafe asks for another",
-        RETRIED._replace(recover=NOTHING),
-        [page(500, "Error"), answer(FIRST)],
-        argv=(*FOX, "--retry-unsafe"),
-    ),
+    row("HTTP 500, and --retry-unsafe asks for another", RETRIED._replace(recover=NOTHING), unsafe),
     row("HTTP 429, then 500", UNKNOWN_RETRIED, [limit(NOW), page(500, "Error")]),
     row("HTTP 429, then no byte", UNKNOWN_RETRIED, [limit(NOW), Reply(silent=True)]),
     row("HTTP 429, then 200 without a body", UNKNOWN_RETRIED, [limit(NOW), Reply(200)]),
 ]
 
-ODD_DOCUMENTS = {
+ODD_DOCUMENTS: dict[str, Any] = {
     "{}": {},
     "an empty list": [],
     "a bare null": None,
@@ -773,76 +791,28 @@ BODIES = [
     row("200, 100,000 brackets deep", UNKNOWN, Reply(200, b"[" * 100_000), "billed"),
     row("200 with an upstream error in it", UNKNOWN, UPSTREAM, "Timed out"),
     row("200 with a sentence as its error", UNKNOWN, json_reply({"error": "Why"}), "Why"),
-    row(
-        "200, blank lines to keep the line busy, then an error",
-        UNKNOWN,
-        in_pieces(Reply(200, b"\n\n \n" + UPSTREAM.body), 1),
-        "Timed out",
-    ),
-    row(
-        "200, blank lines, then a policy refusal",
-        POLICY,
-        Reply(200, b"\n\n" + json_reply({"error": BLOCKED}).body),
-        *BLOCKED.values(),
-    ),
+    row("200, blank lines, then an error", UNKNOWN, BUSY_THEN_ERROR, "Timed out"),
+    row("200, blank lines, then a policy refusal", POLICY, BUSY_THEN_BLOCKED, *BLOCKED_TOLD),
     *coded(200, LIMIT, "insufficient_quota"),
     *coded(200, AUTH, "invalid_api_key"),
     *coded(200, REFUSED, "unknown_parameter"),
-    row("200, blank lines, then the answer", SAVED, Reply(200, b"\n" * 5000 + answer(FIRST).body)),
-    row(
-        "200, BOM and a wrong Content-Type",
-        SAVED,
-        Reply(200, b"\xef\xbb\xbf" + answer(FIRST).body, [("Content-Type", "text/html")]),
-    ),
-    row(
-        "100 and 103 before the 200",
-        SAVED,
-        Reply(raw=HEADS + b"HTTP/1.1 200 OK\r\n\r\n" + answer(FIRST).body),
-    ),
+    row("200, blank lines, then the answer", SAVED, BUSY_THEN_SAVED),
+    row("200, BOM and a wrong Content-Type", SAVED, MISNAMED),
+    row("100 and 103 before the 200", SAVED, EARLY_HINTS),
     row("HTTP 500 with the picture in its body", SAVED, answer(FIRST)._replace(status=500)),
     row("base64 broken", NO_PICTURE, json_reply({"data": [{"b64_json": "!" + b64(FIRST)[1:]}]})),
-    row(
-        "base64 of one of three broken",
-        Outcome(9, saved=2, recover=(9, 2)),
-        Reply(200, ONE_BAD),
-        "picture 2",
-        argv=FOXES,
-    ),
+    row("base64 of one of three broken", ONE_LOST, Reply(200, ONE_BAD), "picture 2", n=3),
     row("half a PNG in whole base64", NO_PICTURE, answer(FIRST[:2000])),
     row("an HTML page as base64", NO_PICTURE, answer(page(200, "Log in").body * 50)),
-    row("two pictures of three", Outcome(9, 1, 2), answer(FIRST, SECOND), argv=FOXES),
+    row("two pictures of three", Outcome(9, 1, 2), answer(FIRST, SECOND), n=3),
     row("three pictures for one", Outcome(0, 1, 3), THREE),
-    row(
-        "a stream, though none was asked for",
-        SAVED,
-        event_stream(EARLY, completed_event(FIRST), "[DONE]"),
-    ),
+    row("a stream, though none was asked for", SAVED, UNASKED),
     row("a stream without its completed event", UNKNOWN, event_stream(EARLY)),
     row("a stream that is done without it", UNKNOWN, event_stream(EARLY, "[DONE]")),
-    row(
-        "a stream that ends in an error",
-        UNKNOWN,
-        event_stream(EARLY, json.loads(UPSTREAM.body)),
-        "Timed out",
-    ),
-    row(
-        "a stream that ends in a policy refusal",
-        POLICY,
-        event_stream(EARLY, {"type": "error", "error": BLOCKED}),
-        *BLOCKED.values(),
-    ),
-    row(
-        "a stream whose event is named error",
-        POLICY,
-        event_stream(f"event: error\ndata: {json.dumps(BLOCKED)}\n\n".encode()),
-        *BLOCKED.values(),
-    ),
-    row(
-        "a stream cut after one of three pictures",
-        Outcome(9, saved=1),
-        event_stream(completed_event(FIRST), EARLY)._replace(content_length=9**9, framing="length"),
-        argv=FOXES,
-    ),
+    row("a stream that ends in an error", UNKNOWN, FAILED_LATER, "Timed out"),
+    row("a stream that ends in a policy refusal", POLICY, BLOCKED_LATER, *BLOCKED_TOLD),
+    row("a stream whose event is named error", POLICY, NAMED_ERROR, *BLOCKED_TOLD),
+    row("a stream cut after one of three pictures", Outcome(9, saved=1), CUT_STREAM, n=3),
 ]
 
 CONNECTIONS = [
@@ -853,13 +823,9 @@ CONNECTIONS = [
     row("no answer to the TLS handshake", SENT_NOTHING, nowhere(silent_port, *IMPATIENT), UNSENT),
     row("https to a plain port", SENT_NOTHING, nowhere(plain_port), UNSENT),
     row("certificate that nobody vouches for", SENT_NOTHING, nowhere(tls_port), UNSENT),
-    row("plain http to a TLS port", UNKNOWN._replace(posts=0), nowhere(tls_port_by_http)),
+    row("plain http to a TLS port", NO_POST, nowhere(tls_port_by_http)),
     row("proxy down", SENT_NOTHING, nowhere(relay, GPT_IMAGE2_PROXY=closed_port), UNSENT),
-    row(
-        "proxy refuses to connect",
-        UNKNOWN._replace(posts=0),
-        nowhere(relay, GPT_IMAGE2_PROXY=refusing_proxy),
-    ),
+    row("proxy refuses to connect", NO_POST, nowhere(relay, GPT_IMAGE2_PROXY=refusing_proxy)),
     row("closed without a byte", UNKNOWN, Reply(silent=True), "billed"),
     row("reset without a byte", UNKNOWN, Reply(reset=True), "billed"),
     row("garbage instead of HTTP", UNKNOWN, Reply(raw=b"SSH-2.0-Server_9.2\r\n"), "billed"),
@@ -867,35 +833,16 @@ CONNECTIONS = [
     row("400 KB of headers", UNKNOWN, Reply(raw=HEADS + b"X-Long: " + b"x" * 400_000), "billed"),
     row("headers cut", UNKNOWN, Reply(raw=b"HTTP/1.1 200 OK\r\nContent-Ty"), "billed"),
     row("a picture as the body, cut", UNKNOWN, Reply(200, FIRST, cut=2000), "billed"),
-    row(
-        "cut with 0 of 3 pictures whole",
-        UNKNOWN,
-        cut_in(THREE, FIRST),
-        argv=FOXES,
-    ),
-    row(
-        "cut with 1 of 3 pictures whole",
-        Outcome(8, recover=(9, 1)),
-        cut_in(THREE, SECOND),
-        argv=FOXES,
-    ),
-    row("cut with 2 of 3 pictures whole", TWO_KEPT, CUT, argv=FOXES),
-    row("the same by a reset", TWO_KEPT, CUT._replace(reset=True), argv=FOXES),
-    row("the same, no length told", TWO_KEPT, CUT._replace(framing="close"), argv=FOXES),
-    row("the same, chunked", TWO_KEPT, CUT._replace(framing="chunked"), argv=FOXES),
+    row("cut with 0 of 3 pictures whole", UNKNOWN, cut_in(THREE, FIRST), n=3),
+    row("cut with 1 of 3 pictures whole", ONE_KEPT, cut_in(THREE, SECOND), n=3),
+    row("cut with 2 of 3 pictures whole", TWO_KEPT, CUT, n=3),
+    row("cut with 2 of 3 pictures whole, by a reset", TWO_KEPT, CUT._replace(reset=True), n=3),
+    row("cut with 2 of 3 pictures whole, by its end", TWO_KEPT, CUT._replace(framing="close"), n=3),
+    row("cut with 2 of 3 pictures whole, chunked", TWO_KEPT, CUT._replace(framing="chunked"), n=3),
     row("cut after the only picture", Outcome(8, recover=(0, 1)), CUT_END),
     row("Content-Length too large", SAVED, answer(FIRST)._replace(content_length=99_999)),
-    row(
-        "Content-Length too small",
-        Outcome(8, recover=(9, 1)),
-        THREE._replace(content_length=middle_of(THREE, SECOND)),
-        argv=FOXES,
-    ),
-    row(
-        "chunked, whole, but its end is missing",
-        SAVED,
-        answer(FIRST)._replace(framing="chunked", cut=len(answer(FIRST).body)),
-    ),
+    row("Content-Length too small", ONE_KEPT, SHORT, n=3),
+    row("chunked, whole, but its end is missing", SAVED, NO_LAST_CHUNK),
     row("time-out before the headers", UNKNOWN, silence, "--timeout"),
     row("time-out after blank lines", UNKNOWN, stalled(Reply(200, b"\n\n{}"), 2), "--timeout"),
     row("time-out with 2 of 3 pictures whole", TWO_KEPT, stalled(THREE, middle_of(THREE, THIRD))),
@@ -905,7 +852,7 @@ CONNECTIONS = [
 LINKS = [
     row("link: 404", NO_PICTURE, link(Reply(404)), "HTTP 404"),
     row("link: 404, later there", LATER, link(Reply(404), later=FIRST), "HTTP 404"),
-    row("link: 403, expired", NO_PICTURE, link(page(403, "Expired")), "HTTP 403"),
+    row("link: 403, expired", NO_PICTURE, link(*[page(403, "Expired")] * 2), "HTTP 403"),
     row("link: one of three is 404, later there", Outcome(9, 1, 2, (0, 3)), three_links),
     row("link: 429, then the file", SAVED, link(Reply(429), ranged(FIRST))),
     row("link: 500, then the file", SAVED, link(Reply(500), ranged(FIRST))),
@@ -951,11 +898,7 @@ SIGNALS = [
         )
         for number in (INT, TERM, HUP)
     ),
-    row(
-        "SIGTERM with 2 of 3 pictures whole, the rest doesn't come",
-        Outcome(143, recover=(9, 2)),
-        waits_in_vain,
-    ),
+    row("SIGTERM with 2 of 3 pictures whole, no more", Outcome(143, recover=(9, 2)), waits_in_vain),
     row("a second SIGINT", Outcome(130, recover=(9, 2)), mid_answer(interrupt_twice)),
     row("Ctrl-C hammered", Outcome(130, recover=(9, 2)), mid_answer(hammer)),
     row("SIGINT while waiting to retry a 429", Outcome(130), while_waiting_to_retry),
