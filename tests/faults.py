@@ -456,25 +456,6 @@ def fill_up(disk: Path) -> None:
                     filler.write(bytes(size))
 
 
-def streams(line: str) -> Play:
-    """Play a call that is started by a line of sh."""
-
-    def play(stage: Stage) -> Run:
-        stage.serve_base(answer(FIRST))
-        stage.shell(line)
-        return stage.run_tool(*FOX)
-
-    return play
-
-
-def stdout_closed_pipe(stage: Stage) -> Run:
-    stage.serve_base(answer(FIRST))
-    tool = stage.start_tool(*FOX)
-    assert tool.stdout
-    tool.stdout.close()
-    return stage.finish(tool)
-
-
 # ---- Signals ----------------------------------------------------------------------------------
 
 Act = Callable[[Stage, "Child[bytes]"], object]
@@ -563,14 +544,6 @@ def while_downloading(stage: Stage) -> Run:
     tool = stage.start_tool(*FOX)
     api.wait_for_request(2)
     tool.send_signal(signal.SIGINT)
-    return stage.finish(tool)
-
-
-def hang_up_under_nohup(stage: Stage) -> Run:
-    stage.shell('trap "" HUP; exec "$@"')
-    tool, release = held(stage)
-    tool.send_signal(signal.SIGHUP)
-    release.set()
     return stage.finish(tool)
 
 
@@ -878,11 +851,6 @@ SYSTEM = [
     row("the state disk fills up with 2 of 3 pictures there", TWO_KEPT, state_disk_fills_up),
     row("the state folder can't be written", SAVED, no_state(), "warning"),
     row("no folder for jobs can be written", Outcome(3, 0), no_state(nor_its_stand_in=True)),
-    row("stdout closed", SAVED, streams('exec "$@" >&-')),
-    row("stdout full", SAVED, streams('exec "$@" >/dev/full')),
-    row("stdout a closed pipe", SAVED, stdout_closed_pipe),
-    row("stderr closed", SAVED, streams('exec "$@" 2>&-')),
-    row("stdin, stdout and stderr closed", SAVED, streams('exec "$@" <&- >&- 2>&-')),
 ]
 
 INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
@@ -903,7 +871,6 @@ SIGNALS = [
     row("Ctrl-C hammered", Outcome(130, recover=(9, 2)), mid_answer(hammer)),
     row("SIGINT while waiting to retry a 429", Outcome(130), while_waiting_to_retry),
     row("SIGINT during a download", Outcome(130, recover=(0, 1)), while_downloading),
-    row("SIGHUP under nohup", SAVED, hang_up_under_nohup),
     row("SIGKILL before any byte", Outcome(-9, recover=(0, 1)), before_a_byte(KILL)),
     row("SIGKILL mid-answer", Outcome(-9, recover=(0, 3)), mid_answer(KILL, comes=True)),
     row("SIGKILL after the answer", Outcome(-9, recover=(0, 1)), killed_after_the_answer),
