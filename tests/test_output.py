@@ -140,25 +140,18 @@ class Outcome(NamedTuple):
     env: Mapping[str, str | None] | None = None
 
 
-OUTCOMES = [
+OUTCOMES = [  # what the fault table has not
     Outcome("saved", 0, answer(PICTURE)),
     Outcome("fewer", 9, answer(PICTURE), ["-n", "2"]),
     Outcome("one is bad", 9, answer(PICTURE, PICTURE[:-20]), ["-n", "2"]),
     Outcome("none whole", 10, BAD),
-    Outcome("refused", 1, refusal(400, None, "no")),
-    Outcome("key refused", 4, refusal(401, "invalid_api_key", "no")),
-    Outcome("policy", 5, refusal(400, "moderation_blocked", "no")),
-    Outcome("quota", 6, refusal(429, "insufficient_quota", "no")),
     Outcome("unknown", 8, page(500, "Error")),
-    Outcome("broken line", 8, Reply(silent=True)),
     Outcome("unknown option", 2, None, ["--colour", "red"]),
     Outcome("missing value", 2, None, ["--size"]),
     Outcome("not a number", 2, None, ["-n", "two"]),
     Outcome("illegal size", 2, None, ["-s", "100x100"]),
     Outcome("name taken", 2, None, ["-o", "taken.png"]),
     Outcome("no key", 3, None, ["--base-url", "https://a.example"], {"GPT_IMAGE2_API_KEY": None}),
-    Outcome("no curl", 3, None, [], {"PATH": "/nowhere"}),
-    Outcome("nothing sent", 7, None, ["--base-url", "http://127.0.0.1:{closed}", "--retries", "0"]),
 ]
 
 
@@ -167,24 +160,20 @@ class TestDocument(OutputCase):
 
     def test_one_object_in_every_outcome(self) -> None:
         (self.work / "taken.png").write_bytes(b"mine")
-        closed = self.closed_port()
         for outcome in OUTCOMES:
             with self.subTest(outcome.name):
                 api = self.serve_base(*([outcome.reply] if outcome.reply else []))
-                argv = [word.format(closed=closed) for word in outcome.argv]
-                run = self.check(self.ask("--new", "--json", *argv, env=outcome.env), outcome.code)
+                options = ("--new", "--json", *outcome.argv)
+                run = self.check(self.ask(*options, env=outcome.env), outcome.code)
                 self.assertEqual(len(api.posts), 1 if outcome.reply else 0)
                 self.check_document(run)
 
     def check_document(self, run: Run) -> None:
         """Assert that a document is one line, and says what the exit code says."""
         document = run.json
-        self.assertEqual(run.raw_out.count(b"\n"), 1, run)
-        self.assertTrue(run.raw_out.isascii())
-        self.assertEqual(
-            (document["schema"], document["command"], document["ok"]),
-            (1, "generate", run.code == 0),
-        )
+        self.assertEqual((run.raw_out.count(b"\n"), run.raw_out.isascii()), (1, True), run)
+        self.assertEqual((document["schema"], document["command"]), (1, "generate"))
+        self.assertEqual((document["ok"], document["resumed"]), (run.code == 0, False))
         self.assertEqual(len(document["images"]), 1 if run.code in (0, 9) else 0)
         error = document["error"]
         if run.code == 0:
@@ -373,7 +362,8 @@ class TestDurable(OutputCase):
 
         def fsync(file: Any) -> None:
             real(file)
-            said = sys.stdout.buffer.getvalue()  # type: ignore[attr-defined]  # run_tool's
+            out: Any = sys.stdout.buffer  # of run_tool
+            said = out.getvalue()
             named = (self.work / "fox.png").exists()
             synced.append((os.fstat(file), named, said, len(self.jobs())))
 
@@ -446,42 +436,32 @@ class TestFolders(OutputCase):
         self.asked("-o", "a/b/fox.png")
         self.assertEqual(self.read("a/b/fox.png"), PICTURE)
 
-    def test_a_folder_removed_meanwhile_is_made_again(self) -> None:
+    def test_a_current_folder_removed_meanwhile_is_made_again(self) -> None:
         out = self.work / "out"
-        for options, cwd in ((["-o", out / "fox.png"], None), (["-o", "fox.png"], out)):
-            with self.subTest(options):
-                out.mkdir()
-                self.meanwhile(out.rmdir)
-                (path,) = self.check(self.ask(*options, cwd=cwd), 0).saved
-                self.assertEqual((path, path.read_bytes()), (out / "fox.png", PICTURE))
-                path.unlink()
-                out.rmdir()
-
-    def check_fallback(self, run: Run, *pictures: bytes) -> None:
-        """Assert that the pictures are in the job folder, that it is said, and can be recovered."""
-        self.check(run, 9)
-        (job,) = self.jobs()
-        self.assertEqual([path.parent for path in run.saved], [job] * len(pictures))
-        self.assertEqual([path.read_bytes() for path in run.saved], list(pictures))
-        self.assertIn(str(job), run.err)
-        self.assertRegex(run.err, rf"Recover: .* recover {job.name}\n$")
-        recovered = self.recover("--output-dir", self.work / "recovered")
-        self.assertEqual([path.read_bytes() for path in recovered.saved], list(pictures))
-        self.assertEqual(self.jobs(), [])
+        out.mkdir()
+        self.meanwhile(out.rmdir)
+        run = self.check(self.ask("-o", "fox.png", cwd=out), 0)
+        self.assertEqual((run.saved, self.read("out/fox.png")), ([out / "fox.png"], PICTURE))
 
     def test_a_folder_that_became_a_file_meanwhile(self) -> None:
+        """The pictures are in the job folder then; that is said, and recover moves them on."""
         out = self.work / "out"
         out.mkdir()
-        self.meanwhile(lambda: (out.rmdir(), out.write_bytes(b"mine")), answer(PICTURE, LARGE))
-        self.check_fallback(self.ask("-n", "2", "-o", "out/fox.png"), PICTURE, LARGE)
-        self.assertEqual(out.read_bytes(), b"mine")
 
-    def test_a_folder_that_became_read_only_meanwhile(self) -> None:
-        self.heed_permissions()
-        out = self.work / "out"
-        out.mkdir()
-        self.meanwhile(lambda: out.chmod(0o500))
-        self.check_fallback(self.ask("-o", "out/fox.png"), PICTURE)
+        def swap() -> None:
+            out.rmdir()
+            out.write_bytes(b"mine")
+
+        self.meanwhile(swap, answer(PICTURE, LARGE))
+        run = self.check(self.ask("-n", "2", "-o", "out/fox.png"), 9)
+        (job,) = self.jobs()
+        self.assertEqual([path.parent for path in run.saved], [job] * 2)
+        self.assertEqual([path.read_bytes() for path in run.saved], [PICTURE, LARGE])
+        self.assertRegex(run.err, rf"warning: .*{job}")
+        self.assertRegex(run.err, rf"Recover: .* recover {job.name}\n$")
+        recovered = self.recover("--output-dir", "recovered")
+        self.assertEqual([path.read_bytes() for path in recovered.saved], [PICTURE, LARGE])
+        self.assertEqual((out.read_bytes(), self.jobs()), (b"mine", []))
 
     def test_a_full_disk_keeps_what_fits(self) -> None:
         disk = self.small_disk("disk")

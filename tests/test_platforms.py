@@ -59,16 +59,14 @@ class TestCurlProgram(Case):
     def test_none_of_the_current_folder(self) -> None:
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.work)
+        self.env["PATH"] = os.pathsep.join(["", ".", "bin", "./bin"])
         for system, name in CURL_OF.items():
-            self.put("work", name)
-            self.put("work", "bin", name)
-            self.put("work", "System32", name)
-            for place in ("", ".", "bin", "./bin"):
-                for root in ("", ".", None):
-                    with self.subTest(system, place=place, root=root):
-                        self.env["PATH"] = os.pathsep.join(["", place])
-                        self.env.update({} if root is None else {"SYSTEMROOT": root})
-                        self.assertEqual(self.found(system), "")
+            for place in ((), ("bin",), ("System32",)):
+                self.put("work", *place, name)
+            for root in ({}, {"SYSTEMROOT": ""}, {"SYSTEMROOT": "."}):
+                with self.subTest(system, root=root):
+                    self.env.update(root)
+                    self.assertEqual(self.found(system), "")
 
     def test_windows_takes_its_own(self) -> None:
         self.put("bin", "curl.exe")
