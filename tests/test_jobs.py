@@ -59,7 +59,10 @@ class JobCase(SystemCase):
         return api, tool, release
 
     def mid_answer(self, reply: Reply = THREE) -> tuple[Child[bytes], threading.Event]:
-        """Start a call; return it once it has two of three pictures, and what lets it go on."""
+        """Start a call; return it once it has two of three pictures, and what lets it go on.
+
+        Every byte is on disk by then, not in a buffer of curl's, which would go with it.
+        """
         release = threading.Event()
         self.serve_base(reply._replace(chunks=[THREE.body[:MIDDLE], release, THREE.body[MIDDLE:]]))
         tool = self.start_tool(*FOXES)
@@ -145,15 +148,6 @@ class TestFolder(JobCase):
         release.set()
         self.check(self.finish(tool), 0)
 
-    def test_every_byte_is_on_disk_as_it_comes(self) -> None:
-        """Not in a buffer of curl's, which would go with it."""
-        release, reply = threading.Event(), answer(FIRST)
-        self.serve_base(reply._replace(chunks=[reply.body[:999], release, reply.body[999:]]))
-        tool = self.start_tool(*FOX)
-        self.wait_until(lambda: self.answered() == 999)
-        release.set()
-        self.check(self.finish(tool), 0)
-
     def test_two_of_one_name(self) -> None:
         """The same request, second and random number: the earlier answer stays untouched."""
         then = time.gmtime(1_790_000_000)
@@ -169,14 +163,6 @@ class TestFolder(JobCase):
         self.assertEqual(draws, [])
         self.assertEqual(first.name[:-4], second.name[:-4])
         self.assertEqual(self.pictures(self.recover(first.name, code=9)), ["first", "second"])
-
-    def test_is_not_made_by_a_call_that_ends_before(self) -> None:
-        api = self.serve_base()
-        (self.work / "fox.png").write_bytes(b"mine")
-        self.check(self.run_tool(*FOX, "-o", "fox.png"), 2)
-        self.check(self.run_tool(*FOX, "--dry-run"), 0)
-        self.assertEqual(self.listing(self.state), [])
-        self.no_request(api)
 
     def test_the_last_line_runs_as_it_stands(self) -> None:
         """Wherever the script lies, and wherever the line is run."""
@@ -714,10 +700,10 @@ class TestWaiting(JobCase):
         self.assertEqual(self.listing(), ["fox-1.png", "fox-2.png"])
 
 
-class TestBrokenRecords(JobCase):
-    """A folder that is not as we left it does no harm, and its answer stays."""
+class TestUpkeep(JobCase):
+    """Old jobs, and those that are not as we left them."""
 
-    def test_it_is_listed_and_said(self) -> None:
+    def test_a_broken_record_is_said_and_its_answer_stays(self) -> None:
         for name, text in {
             "cut": b'{"schema": 1, "fie',
             "no object": b"[]",
@@ -734,11 +720,7 @@ class TestBrokenRecords(JobCase):
         self.kept()
         self.assertEqual(self.pictures(self.recover("--all", code=9)), ["first", "second"])
 
-
-class TestClean(JobCase):
-    """recover --clean removes what is old."""
-
-    def test_ages(self) -> None:
+    def test_clean_removes_what_is_old(self) -> None:
         for name, options, gone, stays in (
             ("a week", [], 7.1, 6.9),
             ("as said", ["--older-than", "2d"], 2.1, 1.9),
@@ -750,7 +732,7 @@ class TestClean(JobCase):
                 self.assertEqual(self.jobs(), [new])
                 shutil.rmtree(new)
 
-    def test_refuses_an_age_that_is_none(self) -> None:
+    def test_clean_refuses_an_age_that_is_none(self) -> None:
         self.kept()
         for age in ("", "x", "-1d", "7 days", "１d", "nan"):
             with self.subTest(age):
