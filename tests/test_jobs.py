@@ -585,7 +585,7 @@ class TestChoosing(JobCase):
 
 
 class TestSalvage(JobCase):
-    """Whole pictures out of what is no whole answer."""
+    """Whole pictures out of what is no whole answer, and why not where there are none."""
 
     def test_whatever_the_json_looks_like(self) -> None:
         data = [{"b64_json": b64(FIRST)}, {"b64_json": b64(SECOND)}]
@@ -842,11 +842,14 @@ class TestStopped(JobCase):
         self.assertEqual(self.pictures(self.recover("--last")), ["first"])
 
     def test_what_the_parent_ignores_stays_ignored(self) -> None:
-        self.shell('trap "" INT; exec "$@"')
-        _, tool, release = self.waiting()
-        tool.send_signal(signal.SIGINT)
-        release.set()
-        self.assertEqual(self.pictures(self.ended(tool, 0)), ["first"])
-        _, tool, _ = self.waiting()
-        tool.send_signal(signal.SIGTERM)
-        self.ended(tool, 143)
+        """As under nohup, or in the background of a script; other signals are heeded."""
+        for name in ("HUP", "INT"):
+            with self.subTest(name):
+                self.shell(f'trap "" {name}; exec "$@"')
+                _, tool, release = self.waiting("--new")
+                tool.send_signal(getattr(signal, f"SIG{name}"))
+                release.set()
+                self.assertEqual(self.pictures(self.ended(tool, 0)), ["first"])
+                _, tool, _ = self.waiting("--new")
+                tool.send_signal(signal.SIGTERM)
+                self.ended(tool, 143)
