@@ -132,7 +132,7 @@ class TestHead(RequestCase):
         self.assertEqual(request.headers["authorization"], f"Bearer {KEY}")
         self.assertEqual(request.headers["host"], f"127.0.0.1:{self.api.port}")
         self.assertRegex(request.headers["user-agent"], r"^gpt-image-?2/\d")
-        names = [name.lower() for name, _ in request.header_list]
+        names = [name.lower() for name in request.headers]
         self.assertEqual(len(names), len(set(names)), "a header came twice")
         self.assertEqual(self.api.connections, 1)
 
@@ -380,7 +380,7 @@ class TestFields(RequestCase):
         }
         base = [("model", "gpt-image-2"), ("prompt", "x"), ("size", "auto")]
         parts = self.edited("a.png", "x", *params(*table)).parts
-        found = [(part.name, part.text) for part in parts if part.filename is None]
+        found = [(part.name, part.body.decode()) for part in parts if part.filename is None]
         wanted = [*base, *(pair for pairs in table.values() for pair in pairs)]
         self.assertEqual(sorted(found), sorted(wanted))
 
