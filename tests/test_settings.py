@@ -129,9 +129,8 @@ class TestPrecedence(SettingsCase):
         self.env = {name: v for name, v in self.env.items() if not name.startswith("GPT_IMAGE2_")}
         by_default = self.values()
         for row in table:
-            flagged = row.file if row.flag is None else row.flag
             with self.subTest(row.key):
-                self.assertEqual(by_flag[row.key], flagged)
+                self.assertEqual(by_flag[row.key], row.file if row.flag is None else row.flag)
                 self.assertEqual(by_file[row.key], row.file)
                 self.assertEqual(by_environment[row.key], row.environment)
                 self.assertEqual(by_default[row.key], row.default)
@@ -257,8 +256,7 @@ class TestFiles(SettingsCase):
         ):
             with self.subTest(key=key, value=value):
                 self.configure(**{key: value})
-                run = self.refused(3, str(self.path), "--dry-run")
-                self.assertIn(key, run.err)
+                self.assertIn(key, self.refused(3, str(self.path), "--dry-run").err)
 
     def test_an_unknown_key_is_a_warning_with_the_nearest(self) -> None:
         self.configure(qualty="low", profile="home", profiles={"home": {"basse_url": OPENAI}})
@@ -483,7 +481,7 @@ RULES = (
     Rule(None, config=IN_FILE, env={"OPENAI_BASE_URL": OTHER}),
     Rule(None, "", "--base-url relay.example:8443", RELAY_FILE),
     Rule(None, "", "--base-url relay.example.other.example", RELAY_FILE),
-    Rule(None, "", "--base-url http://relay.example --allow-http", RELAY_FILE),
+    Rule(None, "", "--base-url http://relay.example:443 --allow-http", RELAY_FILE),
     Rule(None, "", "--profile host", PROFILES),
     Rule(None, "", f"--profile own --base-url {OPENAI}", PROFILES),
     Rule(None, "", f"--base-url {OTHER}", env=PAIR),
@@ -496,8 +494,8 @@ RULES = (
     Rule(None, env={**IN_OPENAI, "GPT_IMAGE2_BASE_URL": RELAY}),
 )
 
+# It notes what it is told, and sends nothing.
 NOTING_CURL = """#!/bin/sh
-# Notes what it is told, and sends nothing.
 { printf '%s\\n' "$@"; env; } >"$0.surroundings"
 cat >"$0.config"
 exit 7
@@ -581,7 +579,7 @@ class TestWhichKeyGoesWhere(KeyCase):
         marker = self.tmp / "command-ran"
         config = {"base_url": RELAY, "api_key_command": ["touch", str(marker)]}
         told = self.told(Rule(None, flags="--sandbox", config=config, env=ALL_ENV), 7)
-        self.assertRegex(told, r'(?m)^url = "http://127\.0\.0\.1:\d+/v1/images/generations"$')
+        self.assertIn('url = "http://127.0.0.1:', told)
         self.assertNotIn("sk-from", told)
         self.assertFalse(marker.exists())
 
@@ -905,7 +903,8 @@ class TestShow(ConfigCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.configure(model="of-the-file", api_key=KEY, headers={"X-Auth": "hunter22"})
+        secrets = {"headers": {"X-Auth": "hunter1"}, "proxy": "http://fox:hunter2@proxy.example"}
+        self.configure(model="of-the-file", api_key=KEY, **secrets)
         self.env.update(GPT_IMAGE2_MODEL="of-the-environment", GPT_IMAGE2_RETRIES="7")
 
     def test_values_and_sources(self) -> None:
@@ -932,7 +931,8 @@ class TestShow(ConfigCase):
                 run = self.config_tool("--show", *argv)
                 self.assertIn("X-Auth", run.out)
                 self.assertIn(KEY[-4:], run.out)
-                self.assertNotRegex(run.out + run.err, f"{KEY[3:-4]}|hunter22")
+                self.assertIn("proxy.example", run.out)
+                self.assertNotRegex(run.out + run.err, f"{KEY[3:-4]}|hunter")
 
     def test_the_profile_in_force(self) -> None:
         self.configure(profile="home", timeout=1, profiles={"home": {"timeout": 2}})
