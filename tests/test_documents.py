@@ -380,11 +380,9 @@ class TestHelp(DocumentCase):
             with self.subTest(command):
                 text = self.help_text(command)
                 self.assertRegex(text, rf"\Ausage: gpt-image2 {command}\b")
-                self.assertEqual([line for line in text.splitlines() if len(line) > 80], [])
-                self.assertNotRegex(text, re.compile(r"[ \t]$", re.MULTILINE))
+                self.assertEqual(re.findall(r"(?m)^.{81,}$|^.*[ \t]$", text), [])
                 rows = list(self.rows(command))
-                lefts = " ".join(left for left, _ in rows)
-                names = re.findall(r"(?<!\S)--?[a-z][\w-]*", lefts)
+                names = re.findall(r"(?<!\S)--?[a-z][\w-]*", " ".join(left for left, _ in rows))
                 self.assertEqual(sorted(set(names)), sorted(names))
                 self.assertEqual([left for left, right in rows if len(right) < 4], [])
 

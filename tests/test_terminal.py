@@ -105,17 +105,14 @@ class TestCompletion(Case):
         os.close(slave)
         self.addCleanup(shell.wait)
         self.addCleanup(shell.kill)
-        self.typed(f"autoload -U compinit; compinit -u -D; source {script}; echo re''ady\n")
+        begin = f"autoload -U compinit; compinit -u -D; source {script}; echo re''ady\n"
+        os.write(self.terminal, begin.encode())
         self.heard("ready")
         for typed, due in COMPLETED:
             with self.subTest(typed):
                 # Ctrl-A and Ctrl-E: print the line as it is now.
-                self.typed(f"{typed}\t\x01echo 'L:\x05:L'\n")
+                os.write(self.terminal, f"{typed}\t\x01echo 'L:\x05:L'\n".encode())
                 self.assertIn(due, self.heard(r"\nL:.*:L").rpartition("\nL:")[2])
-
-    def typed(self, text: str) -> None:
-        """Type into the terminal."""
-        os.write(self.terminal, text.encode())
 
     def heard(self, pattern: str) -> str:
         """Read from the terminal until something matches, and return all of it."""
