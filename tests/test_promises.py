@@ -1,11 +1,10 @@
-"""What the program promises about itself: one file, the standard library, old Pythons and curls."""
+"""What the program promises about itself: one file, the standard library, Python 3.8."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,28 +12,11 @@ import sysconfig
 
 from gpt_image2 import __version__, main
 from tests.case import ROOT, SCRIPT, Case
-from tests.pictures import png
-from tests.server import answer, models
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
 TREE = ast.parse(TEXT, feature_version=(3, 8))
 LIGHT_IMPORTS = {"_thread", "__future__", "json", "os", "re", "stat", "sys", "time", "typing"}
 WINDOWS_ONLY = {"msvcrt", "winreg"}
-
-# The options of curl 7.58 (January 2018) that are of use here, and nothing newer.
-OLD_OPTIONS = """
-    cacert capath compressed connect-timeout connect-to continue-at data data-binary data-raw
-    dump-header fail form form-string get globoff header http1.1 insecure interface ipv4 ipv6
-    keepalive-time limit-rate location max-filesize max-redirs max-time netrc no-buffer
-    no-keepalive noproxy output proto proto-default proto-redir proxy proxy-header proxy-user range
-    referer request resolve retry show-error silent speed-limit speed-time stderr tcp-nodelay
-    tls-max tlsv1.2 url user user-agent verbose write-out
-"""
-NOTING_CURL = """#!/bin/sh
-cat >"$0.now"
-cat "$0.now" >>"$0.config"
-exec {curl} "$@" <"$0.now"
-"""
 
 
 class TestSource(Case):
@@ -68,22 +50,6 @@ class TestSource(Case):
         self.assertEqual(
             names & {"shell", "system", "popen", "getoutput", "getstatusoutput"}, set()
         )
-
-    def test_its_curl_options_are_old(self) -> None:
-        curl = self.new_folder("bin") / "curl"
-        curl.write_text(NOTING_CURL.format(curl=shutil.which("curl")))
-        curl.chmod(0o755)
-        self.env["PATH"] = f"{curl.parent}:{self.env['PATH']}"
-        (self.work / "fox.png").write_bytes(png(8, 8))
-        api = self.serve_base(answer(png(8, 8)), otherwise=answer("/fox.png"))
-        api.put("/fox.png", png(8, 8))
-        api.put("/v1/models", models())
-        for words in ("generate fox", "edit fox.png fox --mask-box 1,1,2,2", "config --check"):
-            self.check(self.run_tool(*words.split()), 0)
-        told = (curl.parent / "curl.config").read_text()
-        used = set(re.findall(r"^([a-z][a-z0-9.-]*)", told, re.MULTILINE))
-        self.assertLessEqual({"url", "header", "form", "data-binary", "max-time", "silent"}, used)
-        self.assertEqual(used - set(OLD_OPTIONS.split()), set())
 
 
 class TestCopy(Case):

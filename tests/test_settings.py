@@ -9,6 +9,7 @@ import subprocess
 from base64 import b64encode
 from pathlib import Path
 from typing import Any, Mapping, NamedTuple
+from unittest import mock
 from urllib.parse import quote
 
 from tests.case import Case, Run, SystemCase
@@ -129,9 +130,8 @@ class TestPrecedence(SettingsCase):
         self.env = {name: v for name, v in self.env.items() if not name.startswith("GPT_IMAGE2_")}
         by_default = self.values()
         for row in table:
-            flagged = row.file if row.flag is None else row.flag
             with self.subTest(row.key):
-                self.assertEqual(by_flag[row.key], flagged)
+                self.assertEqual(by_flag[row.key], row.file if row.flag is None else row.flag)
                 self.assertEqual(by_file[row.key], row.file)
                 self.assertEqual(by_environment[row.key], row.environment)
                 self.assertEqual(by_default[row.key], row.default)
@@ -257,8 +257,7 @@ class TestFiles(SettingsCase):
         ):
             with self.subTest(key=key, value=value):
                 self.configure(**{key: value})
-                run = self.refused(3, str(self.path), "--dry-run")
-                self.assertIn(key, run.err)
+                self.assertIn(key, self.refused(3, str(self.path), "--dry-run").err)
 
     def test_an_unknown_key_is_a_warning_with_the_nearest(self) -> None:
         self.configure(qualty="low", profile="home", profiles={"home": {"basse_url": OPENAI}})
@@ -483,7 +482,7 @@ RULES = (
     Rule(None, config=IN_FILE, env={"OPENAI_BASE_URL": OTHER}),
     Rule(None, "", "--base-url relay.example:8443", RELAY_FILE),
     Rule(None, "", "--base-url relay.example.other.example", RELAY_FILE),
-    Rule(None, "", "--base-url http://relay.example --allow-http", RELAY_FILE),
+    Rule(None, "", "--base-url http://relay.example:443 --allow-http", RELAY_FILE),
     Rule(None, "", "--profile host", PROFILES),
     Rule(None, "", f"--profile own --base-url {OPENAI}", PROFILES),
     Rule(None, "", f"--base-url {OTHER}", env=PAIR),
@@ -496,8 +495,8 @@ RULES = (
     Rule(None, env={**IN_OPENAI, "GPT_IMAGE2_BASE_URL": RELAY}),
 )
 
+# It notes what it is told, and sends nothing.
 NOTING_CURL = """#!/bin/sh
-# Notes what it is told, and sends nothing.
 { printf '%s\\n' "$@"; env; } >"$0.surroundings"
 cat >"$0.config"
 exit 7
@@ -581,7 +580,7 @@ class TestWhichKeyGoesWhere(KeyCase):
         marker = self.tmp / "command-ran"
         config = {"base_url": RELAY, "api_key_command": ["touch", str(marker)]}
         told = self.told(Rule(None, flags="--sandbox", config=config, env=ALL_ENV), 7)
-        self.assertRegex(told, r'(?m)^url = "http://127\.0\.0\.1:\d+/v1/images/generations"$')
+        self.assertIn('url = "http://127.0.0.1:', told)
         self.assertNotIn("sk-from", told)
         self.assertFalse(marker.exists())
 
@@ -595,7 +594,7 @@ class TestLoopback(KeyCase):
         self.at_api = {"GPT_IMAGE2_BASE_URL": self.api.base_url}
 
     def test_which_it_gets(self) -> None:
-        here = self.api.base_url
+        here, port_9 = self.api.base_url, "http://127.0.0.1:9/v1"
         for name, config, env, flags, key in (
             ("its file's", {"base_url": here, **IN_FILE}, {**IN_ENV, **IN_OPENAI}, [], FILE_KEY),
             ("the environment's", {}, {**self.at_api, **IN_ENV}, [], ENV_KEY),
@@ -603,19 +602,12 @@ class TestLoopback(KeyCase):
             ("not OpenAI's", {}, {**self.at_api, **IN_OPENAI}, [], None),
             ("nor another pair's", IN_FILE, {**self.at_api, **PAIR}, [], None),
             ("nor another file's", RELAY_FILE, {}, ["--base-url", here], None),
+            ("nor another port's", {"base_url": port_9, **IN_FILE}, {}, ["--base-url", here], None),
         ):
             with self.subTest(name):
                 self.configure(**config)
                 self.generate(*flags, env=env)
                 self.assertEqual(self.bearer(self.api), key and f"Bearer {key}")
-
-    def test_not_even_another_ports(self) -> None:
-        neighbour = self.serve()
-        headers = {"X-Auth-Token": PROFILE_KEY}
-        self.configure(base_url=neighbour.base_url, api_key=FILE_KEY, headers=headers)
-        self.generate("--base-url", self.api.base_url)
-        self.assertNotIn("sk-from", str(self.api))
-        self.no_request(neighbour)
 
     def test_the_headers_of_a_profile_go_to_its_own_host(self) -> None:
         profile = {"base_url": self.api.base_url, "headers": {"X-Auth-Token": PROFILE_KEY}}
@@ -762,11 +754,16 @@ class TestNeverShown(KeyCase, SystemCase):
             self.assertEqual(self.holders(), [])
             return answer(PICTURE)
 
-        api = self.serve(reply, reply)
+        def begin(*args: Any, **options: Any) -> Any:
+            self.assertEqual(self.holders(), [])
+            return popen(*args, **options)
+
+        api, popen = self.serve(reply, reply), subprocess.Popen
         self.configure(base_url=api.base_url, api_key=ODD_KEY)
         (self.work / "a.png").write_bytes(PICTURE)
-        self.generate()
-        self.check(self.run_tool("edit", "a.png", "a fox"), 0)
+        with mock.patch("subprocess.Popen", begin):  # curl's own input has no name
+            self.generate()
+            self.check(self.run_tool("edit", "a.png", "a fox"), 0)
 
     def test_by_no_server_that_echoes_it(self) -> None:
         echo = " ".join(echoes(ODD_KEY))
@@ -905,7 +902,8 @@ class TestShow(ConfigCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.configure(model="of-the-file", api_key=KEY, headers={"X-Auth": "hunter22"})
+        secrets = {"headers": {"X-Auth": "hunter1"}, "proxy": "http://fox:hunter2@proxy.example"}
+        self.configure(model="of-the-file", api_key=KEY, **secrets)
         self.env.update(GPT_IMAGE2_MODEL="of-the-environment", GPT_IMAGE2_RETRIES="7")
 
     def test_values_and_sources(self) -> None:
@@ -932,7 +930,8 @@ class TestShow(ConfigCase):
                 run = self.config_tool("--show", *argv)
                 self.assertIn("X-Auth", run.out)
                 self.assertIn(KEY[-4:], run.out)
-                self.assertNotRegex(run.out + run.err, f"{KEY[3:-4]}|hunter22")
+                self.assertIn("proxy.example", run.out)
+                self.assertNotRegex(run.out + run.err, f"{KEY[3:-4]}|hunter")
 
     def test_the_profile_in_force(self) -> None:
         self.configure(profile="home", timeout=1, profiles={"home": {"timeout": 2}})

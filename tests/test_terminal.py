@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import re
@@ -13,7 +14,7 @@ import threading
 import unittest
 from pathlib import Path
 from select import select
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Iterator, Mapping
 from unittest import mock
 
 import gpt_image2
@@ -82,8 +83,9 @@ class TestCompletion(Case):
         for command in self.offered(*bash, "gpt-image2", ""):
             with self.subTest(command):
                 text = self.run_tool(command, "--help").out.partition("\nexamples:\n")[0]
-                names = {name for line in re.findall(r"(?m)^  -.*", text) for name in options(line)}
-                self.assertEqual(set(self.offered(*bash, "gpt-image2", command, "--")), names)
+                lefts = " ".join(re.findall(r"(?m)^  (-.*?)(?:  |$)", text))
+                found = set(self.offered(*bash, "gpt-image2", command, "--"))
+                self.assertEqual(found, set(re.findall(r"--[a-z][\w-]*", lefts)))
 
     def test_fish(self) -> None:
         script = self.written("fish")
@@ -103,17 +105,14 @@ class TestCompletion(Case):
         os.close(slave)
         self.addCleanup(shell.wait)
         self.addCleanup(shell.kill)
-        self.typed(f"autoload -U compinit; compinit -u -D; source {script}; echo re''ady\n")
+        begin = f"autoload -U compinit; compinit -u -D; source {script}; echo re''ady\n"
+        os.write(self.terminal, begin.encode())
         self.heard("ready")
         for typed, due in COMPLETED:
             with self.subTest(typed):
                 # Ctrl-A and Ctrl-E: print the line as it is now.
-                self.typed(f"{typed}\t\x01echo 'L:\x05:L'\n")
+                os.write(self.terminal, f"{typed}\t\x01echo 'L:\x05:L'\n".encode())
                 self.assertIn(due, self.heard(r"\nL:.*:L").rpartition("\nL:")[2])
-
-    def typed(self, text: str) -> None:
-        """Type into the terminal."""
-        os.write(self.terminal, text.encode())
 
     def heard(self, pattern: str) -> str:
         """Read from the terminal until something matches, and return all of it."""
@@ -130,11 +129,6 @@ class TestCompletion(Case):
         self.check(self.run_tool("completion"), 2)
 
 
-def options(line: str) -> list[str]:
-    """Return the long options at the beginning of a line of help."""
-    return re.findall(r"--[a-z][\w-]*", line.strip().partition("  ")[0])
-
-
 # ---- Progress and previews --------------------------------------------------------------------
 
 
@@ -146,41 +140,33 @@ class Screen(io.TextIOWrapper):
         return True
 
 
-class Clock:
-    """A clock that runs only while the tool waits for curl, and then at once.
+@contextlib.contextmanager
+def hasty_clock(until: Callable[[float], object], then: Callable[[], object]) -> Iterator[None]:
+    """Let time run only while the tool waits for curl, and then at once.
 
-    It calls `look` with its time after each such wait. Once that is true it stands still, so that
-    nothing hangs on how fast the rest of the answer comes.
+    `until` is called with the time after each such wait. Once it is true `then` is called, and the
+    clock stands still, so that nothing hangs on how fast the rest of the answer comes.
     """
+    kind: Any = getattr(subprocess, "_PopenSelector")  # noqa: B009  it is private
+    now, stands = 0.0, False
 
-    def __init__(self, look: Callable[[float], bool]) -> None:
-        self.look, self.now, self.stands = look, 1000.0, False
+    def select(selector: Any, timeout: float | None = None) -> Any:
+        nonlocal now, stands
+        if stands or not timeout:
+            return kind.select(selector, timeout and HANG)
+        ready = kind.select(selector, 0.001)
+        if not ready:
+            now += timeout + 1e-6  # a time-out is over when it is past
+            stands = bool(until(now))
+            if stands:
+                then()
+        assert now < 1e5, "what the answer waits for never came"
+        return ready
 
-    def __enter__(self) -> None:
-        clock, kind = self, getattr(subprocess, "_PopenSelector")  # noqa: B009  it is private
-
-        def select(selector: Any, timeout: float | None = None) -> Any:
-            if clock.stands or not timeout:
-                return kind.select(selector, timeout and HANG)
-            ready = kind.select(selector, 0.001)
-            if not ready:
-                clock.now += timeout + 1e-6  # a time-out is over when it is past
-                clock.stands = clock.look(clock.now - 1000)
-            assert clock.now < 1e5, "what the answer waits for never came"
-            return ready
-
-        hasty = type("Hasty", (kind,), {"select": select})
-        self.patches: list[Any] = [
-            mock.patch("time.monotonic", lambda: self.now),
-            mock.patch("subprocess._time", lambda: self.now),
-            mock.patch("subprocess._PopenSelector", hasty),
-        ]
-        for patch in self.patches:
-            patch.start()
-
-    def __exit__(self, *_: object) -> None:
-        for patch in self.patches:
-            patch.stop()
+    hasty = mock.patch("subprocess._PopenSelector", type("Hasty", (kind,), {"select": select}))
+    clocks = [mock.patch(name, lambda: now) for name in ("time.monotonic", "subprocess._time")]
+    with hasty, clocks[0], clocks[1]:
+        yield
 
 
 class ScreenCase(Case):
@@ -199,14 +185,7 @@ class ScreenCase(Case):
         with tool_process(b"", world, self.work) as (out, err):
             screen = Screen(err, "utf-8") if terminal else None
             sys.stderr = screen or sys.stderr
-
-            def look(seconds: float) -> bool:
-                enough = bool(until(err.getvalue().decode(), seconds))
-                if enough:
-                    then()
-                return enough
-
-            with Clock(look):
+            with hasty_clock(lambda now: until(err.getvalue().decode(), now), then):
                 code = gpt_image2.main(["generate", "a fox", *argv])
             if screen:
                 screen.detach()
@@ -299,7 +278,6 @@ class TestProgress(ScreenCase):
 
 
 KITTY = {"TERM": "xterm-kitty"}
-TMUX = {"TMUX": "/tmp/tmux-0/default,1,0", "TERM": "tmux"}
 NOTHING = "gpt-image2: warning: --preview needs a kitty"
 
 
@@ -318,58 +296,53 @@ class TestPreview(ScreenCase):
         self.serve_base(answer(picture))
         return self.shown("--preview", *argv, terminal=terminal, env=env)
 
-    def kitty_picture(self, shown: str) -> tuple[str, bytes]:
-        """Return the settings and the bytes of the picture in kitty's sequences."""
+    def painted(self, shown: str) -> tuple[str, bytes]:
+        """Return the settings and the bytes of the picture in kitty's or iTerm2's sequences."""
+        iterm = re.search(r"\x1b\]1337;File=(.*?):(.*?)\x07", shown)
+        if iterm:
+            return iterm[1], base64.b64decode(iterm[2])
         chunks = re.findall(r"\x1b_G(.*?);(.*?)\x1b\\", shown)
         self.assertTrue(all("m=1" in told for told, _ in chunks[:-1]), shown)
         self.assertIn("m=0", chunks[-1][0])
         return chunks[0][0], base64.b64decode("".join(text for _, text in chunks))
 
-    def test_kitty_gets_the_file_in_chunks(self) -> None:
-        for env in (
-            KITTY,
-            {"TERM": "xterm-ghostty"},
-            {"TERM_PROGRAM": "ghostty"},
-            {"KITTY_WINDOW_ID": "1"},
-            {"KONSOLE_VERSION": "220401"},
+    def test_each_terminal_gets_the_file_its_way(self) -> None:
+        kitty, iterm = r"^a=T,f=100,q=2,c=\d+,r=\d+,m=1$", rf"inline=1;size={len(PICTURE)};"
+        for env, settings in (
+            (KITTY, kitty),
+            ({"TERM": "xterm-ghostty"}, kitty),
+            ({"TERM_PROGRAM": "ghostty"}, kitty),
+            ({"KITTY_WINDOW_ID": "1"}, kitty),
+            ({"KONSOLE_VERSION": "220401"}, kitty),
+            ({"TERM_PROGRAM": "iTerm.app"}, iterm),
+            ({"TERM_PROGRAM": "WezTerm"}, iterm),
+            ({"TERM_PROGRAM": "vscode"}, iterm),
+            ({"LC_TERMINAL": "iTerm2"}, iterm),
+            ({"KITTY_WINDOW_ID": "1", "TERM_PROGRAM": "iTerm.app"}, iterm),  # within kitty
         ):
             with self.subTest(env):
-                told, data = self.kitty_picture(self.preview(env))
+                told, data = self.painted(self.preview(env))
                 self.assertEqual(data, PICTURE)
-                self.assertRegex(told, r"^a=T,f=100,q=2,c=\d+,r=\d+,m=1$")
-
-    def test_iterm_gets_the_file_whole(self) -> None:
-        for env in (
-            {"TERM_PROGRAM": "iTerm.app"},
-            {"TERM_PROGRAM": "WezTerm"},
-            {"TERM_PROGRAM": "vscode"},
-            {"LC_TERMINAL": "iTerm2"},
-            {"KITTY_WINDOW_ID": "1", "TERM_PROGRAM": "iTerm.app"},  # within kitty
-        ):
-            with self.subTest(env):
-                match = re.search(r"\x1b\]1337;File=(.*?):(.*?)\x07", self.preview(env))
-                assert match
-                self.assertEqual(base64.b64decode(match[2]), PICTURE)
-                self.assertIn(f"inline=1;size={len(PICTURE)};", match[1])
+                self.assertRegex(told, settings)
 
     def test_tmux_passes_it_on(self) -> None:
-        def passed(env: Mapping[str, str]) -> str:
-            shown = self.preview({**env, **TMUX})
+        for name, value in (("KITTY_WINDOW_ID", "1"), ("LC_TERMINAL", "iTerm2")):
+            shown = self.preview({name: value, "TMUX": "/tmp/tmux-0/default,1,0", "TERM": "tmux"})
             found = re.findall(r"\x1bPtmux;((?:[^\x1b]|\x1b\x1b)*)\x1b\\", shown)
-            return "".join(found).replace("\x1b\x1b", "\x1b")
-
-        told, data = self.kitty_picture(passed({"KITTY_WINDOW_ID": "1"}))
-        self.assertEqual(data, PICTURE)
-        self.assertIn(",C=1,", told)
-        shown = passed({"LC_TERMINAL": "iTerm2"})
-        self.assertRegex(shown, r"^\x1b\]1337;MultipartFile=inline=1;")
-        self.assertTrue(shown.endswith("\x1b]1337;FileEnd\x07"))
-        parts = re.findall(r"\x1b\]1337;FilePart=(.*?)\x07", shown)
-        self.assertEqual(base64.b64decode("".join(parts)), PICTURE)
-        self.assertLess(max(map(len, parts)), 1_000_000)
+            passed = "".join(found).replace("\x1b\x1b", "\x1b")
+            if value == "1":
+                told, data = self.painted(passed)
+                self.assertIn(",C=1,", told)
+            else:
+                self.assertRegex(passed, r"^\x1b\]1337;MultipartFile=inline=1;")
+                self.assertTrue(passed.endswith("\x1b]1337;FileEnd\x07"))
+                parts = re.findall(r"\x1b\]1337;FilePart=(.*?)\x07", passed)
+                self.assertLess(max(map(len, parts)), 1_000_000)
+                data = base64.b64decode("".join(parts))
+            self.assertEqual(data, PICTURE)
 
     def test_a_flat_picture_keeps_its_shape(self) -> None:
-        told, _ = self.kitty_picture(self.preview(KITTY, picture=png(300, 100)))
+        told, _ = self.painted(self.preview(KITTY, picture=png(300, 100)))
         columns, rows = map(int, re.findall(r"[cr]=(\d+)", told))
         self.assertAlmostEqual(columns / rows / 2, 3, delta=0.4)
         self.assertLess(columns, 80)
