@@ -29,6 +29,7 @@ from tests.server import (
     OPENAI_USAGE,
     Api,
     Reply,
+    Request,
     Script,
     answer,
     b64,
@@ -347,6 +348,20 @@ class TestRetries(AnswerCase):
         first, second = api.posts
         self.assertEqual((first.target, first.body), (second.target, second.body))
         self.assertEqual(first.headers["authorization"], second.headers["authorization"])
+
+    def test_an_old_answer_is_gone_before_the_request_goes_out_again(self) -> None:
+        """Else it would be taken for the answer to a request that got none."""
+        left: list[bytes] = []
+
+        def second(_: Request) -> Reply:
+            (job,) = self.jobs()
+            left.append((job / "response.json").read_bytes())
+            return Reply(silent=True)
+
+        self.serve_base(refusal(429, None, "Wait.", headers=[("Retry-After", "0")]), second)
+        error = self.check(self.run_tool("generate", "a fox", "--json"), 8).json
+        self.assertEqual((left, error["recover_id"], error["http_status"]), ([b""], None, None))
+        self.assertNotIn("Wait", error["error"]["message"])
 
     def test_waits_are_said_and_grow_where_the_server_names_none(self) -> None:
         self.serve_base(*[refusal(429, None, "Wait.")] * 3, answer(SMALL))
