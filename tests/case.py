@@ -212,7 +212,7 @@ class Case(unittest.TestCase):
             self.fail(f"no end within {HANG:.0f} s\n{self.story(so_far)}")
         return Run(argv, child.wait(), out or b"", decoded(err or b""))
 
-    def hurry(self, times: int) -> None:
+    def hurry(self, times: float) -> None:
         """Let time go so many times as fast in every later run, which is a child then."""
         folder = self.new_folder("hurry")
         (folder / "sitecustomize.py").write_text(HURRY.format(times=times))

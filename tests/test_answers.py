@@ -600,6 +600,7 @@ class TestPlaces(LinkCase):
         api = self.behind_proxy()
         hosts = ["127.0.0.1", "127.1", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]"]
         hosts += ["%31%32%37.0.0.1", "127%2e1", "１２７.0.0.1", "127.0.0.1.", "localhost"]
+        hosts += ["10.0.0.1.", "10.1"]
         self.refused([f"http://{host}:{api.port}/a.png" for host in hosts], api)
 
     def test_a_redirect_to_loopback_is_refused_to_a_base_elsewhere(self) -> None:
@@ -633,11 +634,13 @@ class TestPlaces(LinkCase):
         self.check_saved(self.follow(*links, api=api), *[SMALL] * len(hosts))
 
     def test_a_name_with_any_private_address_is_refused(self) -> None:
-        for addresses in (["10.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::1"], ["fe80::1%eth0"], []):
+        curls = self.wrap_curl('echo curl >>"$log"; real "$@"')
+        found: list[list[str]] = [["10.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::1"], ["fe80::1%eth0"]]
+        for count, addresses in enumerate([*found, []], 1):
             with self.subTest(addresses):
                 with mock.patch("socket.getaddrinfo", looked_up(*addresses)):
                     self.check_kept(self.follow("http://cdn.example/a.png"))
-                self.assertEqual(len(self.api.requests), 1)
+                self.assertEqual(len(curls.read_text().split()), count, "the link was followed")
 
     def test_a_name_leads_to_the_address_that_was_checked(self) -> None:
         """Nobody looks it up once more, as what is said then may be another address."""
