@@ -29,6 +29,7 @@ from tests.server import (
     OPENAI_USAGE,
     Api,
     Reply,
+    Request,
     Script,
     answer,
     b64,
@@ -348,6 +349,20 @@ class TestRetries(AnswerCase):
         self.assertEqual((first.target, first.body), (second.target, second.body))
         self.assertEqual(first.headers["authorization"], second.headers["authorization"])
 
+    def test_an_old_answer_is_gone_before_the_request_goes_out_again(self) -> None:
+        """Else it would be taken for the answer to a request that got none."""
+        left: list[bytes] = []
+
+        def second(_: Request) -> Reply:
+            (job,) = self.jobs()
+            left.append((job / "response.json").read_bytes())
+            return Reply(silent=True)
+
+        self.serve_base(refusal(429, None, "Wait.", headers=[("Retry-After", "0")]), second)
+        error = self.check(self.run_tool("generate", "a fox", "--json"), 8).json
+        self.assertEqual((left, error["recover_id"], error["http_status"]), ([b""], None, None))
+        self.assertNotIn("Wait", error["error"]["message"])
+
     def test_waits_are_said_and_grow_where_the_server_names_none(self) -> None:
         self.serve_base(*[refusal(429, None, "Wait.")] * 3, answer(SMALL))
         with mock.patch("random.uniform", return_value=0.1) as jitter:
@@ -585,6 +600,7 @@ class TestPlaces(LinkCase):
         api = self.behind_proxy()
         hosts = ["127.0.0.1", "127.1", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]"]
         hosts += ["%31%32%37.0.0.1", "127%2e1", "１２７.0.0.1", "127.0.0.1.", "localhost"]
+        hosts += ["10.0.0.1.", "10.1"]
         self.refused([f"http://{host}:{api.port}/a.png" for host in hosts], api)
 
     def test_a_redirect_to_loopback_is_refused_to_a_base_elsewhere(self) -> None:
@@ -618,11 +634,13 @@ class TestPlaces(LinkCase):
         self.check_saved(self.follow(*links, api=api), *[SMALL] * len(hosts))
 
     def test_a_name_with_any_private_address_is_refused(self) -> None:
-        for addresses in (["10.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::1"], ["fe80::1%eth0"], []):
+        curls = self.wrap_curl('echo curl >>"$log"; real "$@"')
+        found: list[list[str]] = [["10.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::1"], ["fe80::1%eth0"]]
+        for count, addresses in enumerate([*found, []], 1):
             with self.subTest(addresses):
                 with mock.patch("socket.getaddrinfo", looked_up(*addresses)):
                     self.check_kept(self.follow("http://cdn.example/a.png"))
-                self.assertEqual(len(self.api.requests), 1)
+                self.assertEqual(len(curls.read_text().split()), count, "the link was followed")
 
     def test_a_name_leads_to_the_address_that_was_checked(self) -> None:
         """Nobody looks it up once more, as what is said then may be another address."""
