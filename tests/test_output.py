@@ -9,7 +9,7 @@ import stat
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Sequence
 from unittest import mock
 
 from tests.case import Argument, Run, SystemCase
@@ -83,6 +83,7 @@ class TestSavedLines(OutputCase):
     def test_each_line_comes_as_soon_as_its_picture_is_there(self) -> None:
         api, late = self.serve_base(), threading.Event()
         api.script.append(answer(PICTURE, api.put("/late.png", Reply(200, PICTURE, before=late))))
+        self.env.pop("PYTHONUNBUFFERED", None)
         tool = self.start_tool("generate", "a fox", "-n", "2", "-o", "fox.png")
         assert tool.stdout
         self.assertIn(f"Saved: {self.work}/fox-1.png (", tool.stdout.readline().decode())
@@ -130,28 +131,19 @@ class TestSavedLines(OutputCase):
         self.assertRegex(run.err, r"^[^\n]*Bad size[^\n]*\n$")
 
 
-class Outcome(NamedTuple):
-    """An exit code, and what leads to it."""
-
-    name: str
-    code: int
-    reply: Reply | None = None  # None: nothing may be sent
-    argv: Sequence[str] = ()
-    env: Mapping[str, str | None] | None = None
-
-
-OUTCOMES = [  # what the fault table has not
-    Outcome("saved", 0, answer(PICTURE)),
-    Outcome("fewer", 9, answer(PICTURE), ["-n", "2"]),
-    Outcome("one is bad", 9, answer(PICTURE, PICTURE[:-20]), ["-n", "2"]),
-    Outcome("none whole", 10, BAD),
-    Outcome("unknown", 8, page(500, "Error")),
-    Outcome("unknown option", 2, None, ["--colour", "red"]),
-    Outcome("missing value", 2, None, ["--size"]),
-    Outcome("not a number", 2, None, ["-n", "two"]),
-    Outcome("illegal size", 2, None, ["-s", "100x100"]),
-    Outcome("name taken", 2, None, ["-o", "taken.png"]),
-    Outcome("no key", 3, None, ["--base-url", "https://a.example"], {"GPT_IMAGE2_API_KEY": None}),
+# Beside the fault table: name, exit code, reply (None: nothing may be sent), options.
+OUTCOMES: list[tuple[str, int, Reply | None, list[str]]] = [
+    ("saved", 0, answer(PICTURE), []),
+    ("fewer", 9, answer(PICTURE), ["-n", "2"]),
+    ("one is bad", 9, answer(PICTURE, PICTURE[:-20]), ["-n", "2"]),
+    ("none whole", 10, BAD, []),
+    ("unknown", 8, page(500, "Error"), []),
+    ("unknown option", 2, None, ["--colour", "red"]),
+    ("missing value", 2, None, ["--size"]),
+    ("not a number", 2, None, ["-n", "two"]),
+    ("illegal size", 2, None, ["-s", "100x100"]),
+    ("name taken", 2, None, ["-o", "taken.png"]),
+    ("no such config", 3, None, ["--config", "nowhere.json"]),
 ]
 
 
@@ -160,13 +152,11 @@ class TestDocument(OutputCase):
 
     def test_one_object_in_every_outcome(self) -> None:
         (self.work / "taken.png").write_bytes(b"mine")
-        for outcome in OUTCOMES:
-            with self.subTest(outcome.name):
-                api = self.serve_base(*([outcome.reply] if outcome.reply else []))
-                options = ("--new", "--json", *outcome.argv)
-                run = self.check(self.ask(*options, env=outcome.env), outcome.code)
-                self.assertEqual(len(api.posts), 1 if outcome.reply else 0)
-                self.check_document(run)
+        for name, code, reply, options in OUTCOMES:
+            with self.subTest(name):
+                api = self.serve_base(*([reply] if reply else []))
+                self.check_document(self.check(self.ask("--new", "--json", *options), code))
+                self.assertEqual(len(api.posts), 1 if reply else 0)
 
     def check_document(self, run: Run) -> None:
         """Assert that a document is one line, and says what the exit code says."""
@@ -218,6 +208,20 @@ class TestForging(OutputCase):
                 with self.subTest(name, flags=flags):
                     self.serve_base(reply)
                     self.check_clean(self.ask("--new", *flags), 0)
+
+    def test_in_what_a_caller_passes_on(self) -> None:
+        name = HOSTILE.replace("\0", "")
+        for argv in (
+            ["--prompt-file", name],
+            ["--size", name],
+            [f"--{name}"],
+            ["-o", name],
+            ["-n", name],
+        ):
+            with self.subTest(argv):
+                api = self.serve_base()
+                self.check_clean(self.check(self.run_tool("generate", *argv, name), 2), 0)
+                self.no_request(api)
 
     def test_beside_a_picture(self) -> None:
         reply = answer(
