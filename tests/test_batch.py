@@ -153,7 +153,7 @@ class Lines(BatchCase):
         for name, data in (("room", ROOM), ("pics/chair", CHAIR), ("mask", MASK)):
             (self.work / f"{name}.png").write_bytes(data)
         (self.folder / "room.png").write_bytes(CHAIR)  # names are not looked for here
-        room = {"images": ["room.png"]}
+        room: dict[str, Any] = {"images": ["room.png"]}
         table: dict[str, tuple[dict[str, Any], list[bytes]]] = {
             "one": ({"images": "room.png"}, [ROOM]),
             "two": ({"images": ["room.png", "pics/chair.png"]}, [ROOM, CHAIR]),
@@ -320,9 +320,10 @@ class BadLines(BatchCase):
 
     def test_the_command_lines_options_are_checked_too(self) -> None:
         self.prompts("a")
-        words = ("--concurrency 0", "--concurrency x", "--rpm 0", "--max-cost -1", "--max-cost $5")
-        words += ("--shard 0/4", "--shard 5/4", "--shard 2", "--redo=", "--redo no-such-job")
-        words += ("--quality best", "-o x.png", "--prompt a", "--image a.png")
+        words = [f"--concurrency {word}" for word in ("0", "x")]
+        words += [f"--shard {word}" for word in ("0/4", "5/4", "2")]
+        words += ["--rpm 0", "--max-cost -1", "--max-cost $5", "--redo=", "--redo no-such-job"]
+        words += ["--quality best", "-o x.png", "--prompt a", "--image a.png"]
         for word in words:
             with self.subTest(word):
                 self.refused(*word.split())
@@ -839,15 +840,10 @@ class Company(BatchCase):
 
     def test_what_others_do_while_a_batch_runs(self) -> None:
         """The same batch names this one; another, and a single request, don't mind it."""
-        others = ("batch jobs.jsonl", "batch jobs.jsonl --json", "batch other.jsonl", "generate a")
-        runs: list[Run] = []
-
-        def meanwhile() -> None:
-            runs.extend(self.finish(self.start_tool(*words.split())) for words in others)
-
         self.prompts("a")
         self.write({"prompt": "a"}, name="other.jsonl")
-        self.painter.order("a", meanwhile)
+        others = ("batch jobs.jsonl", "batch jobs.jsonl --json", "batch other.jsonl", "generate a")
+        runs = self.beside("a", *others)
         self.batch()
         same, document, other, single = runs
         self.assertRegex(self.check(same, 2).err, rf"process {os.getpid()}\b")
