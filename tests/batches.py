@@ -17,11 +17,12 @@ from tests.case import Argument, Run, SystemCase
 from tests.pictures import png
 from tests.server import KEY, Reply, Request, answer, refusal
 
-POLICY = "moderation_blocked"
 LOW = ("--quality", "low")
 ONE = ("--concurrency", "1")
+NOT_THIS = refusal(400, "moderation_blocked", "Not this.")
 BAD_REQUEST = refusal(400, "invalid_value", "No such size.")
 UNAUTHORIZED = refusal(401, "invalid_api_key", "Wrong key.")
+NO_CREDIT = refusal(429, "insufficient_quota", "Pay first.", type="insufficient_quota")
 SILENT = Reply(silent=True)
 Order = Union[Reply, Callable[[], object]]
 

@@ -16,8 +16,9 @@ from unittest import mock
 from tests.batches import (
     BAD_REQUEST,
     LOW,
+    NO_CREDIT,
+    NOT_THIS,
     ONE,
-    POLICY,
     SILENT,
     UNAUTHORIZED,
     BatchCase,
@@ -100,9 +101,9 @@ class Again(ResumeCase):
         replies = {
             "fine": Reply(),
             "bad size": BAD_REQUEST,
-            "bad words": refusal(400, POLICY, "Not this."),
+            "bad words": NOT_THIS,
             "key": UNAUTHORIZED,
-            "limit": refusal(429, "insufficient_quota", "Pay.", type="insufficient_quota"),
+            "limit": NO_CREDIT,
             "oops": OOPS,
             "silence": SILENT,
             "half": answer(drawn("x"), b"no picture"),
@@ -372,17 +373,6 @@ class Killed(ResumeCase):
         self.prompts("a", "b", "c")
         self.again(sends=1, saves=3)
         self.check_done("a", "b", "c")
-
-    def test_again_and_again(self) -> None:
-        tool, release = self.under_way("a")
-        for _ in range(3):
-            self.killed(tool)
-            tool = self.start_tool("batch", "jobs.jsonl", "--verbose")
-            self.hear(tool, "Job: ")
-        release.set()
-        self.check(self.finish(tool), 0)
-        self.assertEqual(self.posted(), ["a"])
-        self.check_done("a")
 
     def test_and_its_curls_too(self) -> None:
         tool, _ = self.under_way("a", "b")
@@ -673,14 +663,6 @@ class Shards(ResumeCase):
         self.prompts("a")
         self.assertEqual(self.shard("3/3"), [], "more shards than jobs")
 
-    def test_at_once_in_one_folder(self) -> None:
-        self.prompts(*"abcdef")
-        shards = [self.start_tool("batch", "jobs.jsonl", "--shard", f"{i}/3") for i in (1, 2, 3)]
-        for tool in shards:
-            self.check(self.finish(tool), 0)
-        self.assertEqual(self.posted(), list("abcdef"))
-        self.assertEqual(sorted(self.painted().values()), list("abcdef"))
-
     def test_a_change_from_unsharded_to_sharded(self) -> None:
         self.prompts(*"abcd")
         self.painter.order("a", UNAUTHORIZED)
@@ -707,14 +689,3 @@ class Shards(ResumeCase):
             self.assertIn("results-1-of-2", self.check(run, 2).err)
         self.check(second, 0)
         self.check_pictures(**{"0001": "a", "0002": "b"})
-
-    def test_a_killed_one(self) -> None:
-        release = self.painter.hold("a", "c")
-        self.prompts(*"abcd")
-        tool = self.start_tool("batch", "jobs.jsonl", "--shard", "1/2")
-        self.api.wait_for_request(2)
-        self.killed(tool)
-        release.set()
-        self.assertEqual(self.shard("2/2"), ["b", "d"])
-        self.assertEqual(self.shard("1/2"), [])
-        self.assertEqual(sorted(self.painted().values()), list("abcd"))

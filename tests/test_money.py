@@ -211,12 +211,7 @@ class Estimates(Case):
         self.assertAlmostEqual(known["amount"], 557, delta=1)
         for line in ("--provider nodekey", "-m gpt-image-3"):
             self.assertIsNone(self.estimate(line))
-
-    def test_the_text_says_about(self) -> None:
-        argv = ("generate", "x", "--dry-run", "-s", "1024x1024", "--quality", "low")
-        run = self.check(self.run_tool(*argv, "--provider", "openai"), 0)
-        self.assertRegex(run.out, r"(?m)^estimate: about \$0\.0059$")
-        run = self.check(self.run_tool(*argv, "--provider", "nodekey"), 0)
+        run = self.check(self.run_tool("generate", "x", "--dry-run"), 0)
         self.assertRegex(run.out, r"(?m)^estimate: no price is known")
 
 
@@ -336,12 +331,6 @@ class Lines(RecordCase):
             self.check(self.finish(child), 0)
         self.assertEqual(sorted(line["prompt"] for line in self.entries()), sorted(prompts))
 
-    def test_a_line_that_was_torn_spoils_no_other(self) -> None:
-        self.write(entry(), '{"time": "2026-11-2')
-        self.serve_base(answer(PICTURE))
-        self.generate(prompt="after the tear")
-        self.assertEqual(self.prompts(), ["a fox", "after the tear"])
-
     def test_recover_writes_what_the_call_could_not(self) -> None:
         answered = threading.Event()
         api = self.serve_base(answer(PICTURE)._replace(before=answered))
@@ -429,10 +418,12 @@ class History(RecordCase):
                 self.write(entry())
 
     def test_lines_that_cannot_be_read_or_are_of_another_version(self) -> None:
+        """A torn last one is ended before the next, so that it spoils no other."""
         broken = ['{"time": "2026-\n', "\n", "[]\n", "1\n", "null\n", '{"no": "time"}\n', "\0\n"]
-        whole = entry()
-        self.write(*broken, whole, *broken)
-        self.assertEqual(self.history()["entries"], [whole])
+        self.write(*broken, entry(), *broken, '{"time": "2026-11-2')
+        self.serve_base(answer(PICTURE))
+        self.generate(prompt="after the tear")
+        self.assertEqual(self.prompts(), ["a fox", "after the tear"])
         odd: list[dict[str, Any]] = [
             {"cost": {**COST, "tax": 0.19}},
             {"cost": {"amount": 1}},
