@@ -10,20 +10,21 @@ import re
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional, Union
+from typing import Any, Callable, Iterator, Mapping, Union
 from unittest import mock
 
 from tests.case import Argument, Run, SystemCase
 from tests.pictures import png
 from tests.server import KEY, Reply, Request, answer, refusal
 
-POLICY = "moderation_blocked"
 LOW = ("--quality", "low")
 ONE = ("--concurrency", "1")
+NOT_THIS = refusal(400, "moderation_blocked", "Not this.")
 BAD_REQUEST = refusal(400, "invalid_value", "No such size.")
 UNAUTHORIZED = refusal(401, "invalid_api_key", "Wrong key.")
+NO_CREDIT = refusal(429, "insufficient_quota", "Pay first.", type="insufficient_quota")
 SILENT = Reply(silent=True)
-Order = Union[Reply, Callable[[], Optional[Reply]]]
+Order = Union[Reply, Callable[[], object]]
 
 
 def prompt_of(request: Request) -> str:
@@ -77,7 +78,8 @@ class Painter:
             again = " again" * (self.seen.count(prompt) - 1)
             order = self.orders[prompt].pop(0) if self.orders[prompt] else Reply()
         if not isinstance(order, Reply):
-            order = order() or Reply()
+            made = order()
+            order = made if isinstance(made, Reply) else Reply()
         if order.status != 200 or order.body or order.silent or order.reset:
             return order
         count = int(sent_fields(request).get("n", 1))
@@ -148,6 +150,15 @@ class BatchCase(SystemCase):
         self.assertEqual(len(self.api.posts), posts, self.story(run))
         self.assertEqual(self.files(), before)
         return run
+
+    def beside(self, prompt: str, *lines: str) -> list[Run]:
+        """Run the tool with each of these words once a prompt has come; return those runs then."""
+        runs: list[Run] = []
+        words = [line.split() for line in lines]
+        self.painter.order(
+            prompt, lambda: runs.extend(self.finish(self.start_tool(*argv)) for argv in words)
+        )
+        return runs
 
     def files(self) -> dict[str, bytes]:
         """Return all files in the work folder but locks."""
