@@ -10,7 +10,7 @@ import ssl
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.case import Argument, Run, SystemCase
+from tests.case import Run, SystemCase
 from tests.pictures import png
 from tests.server import KEY, Api, Reply, answer, models, refusal
 
@@ -76,9 +76,9 @@ class RecordedCase(SystemCase):
         self.configure(timeout=77, connect_timeout=3, user_agent="Fox/1.0")
         (self.work / "a.png").write_bytes(PICTURE)
 
-    def calls(self, *argv: Argument, code: int = 0, **options: Any) -> list[Call]:
+    def calls(self, *argv: str, **options: Any) -> list[Call]:
         """Run the tool, and return the calls of curl that have a config."""
-        self.check(self.run_tool(*argv, **options), code)
+        self.check(self.run_tool(*argv, **options), 0)
         found = []
         for folder in sorted(self.calls_folder.iterdir()):
             texts = [(folder / name).read_text() for name in ("argv", "environment", "config")]
@@ -160,7 +160,7 @@ class TestAround(SystemCase):
     def test_the_users_curlrc_is_not_read(self) -> None:
         api = self.serve_base(otherwise=answer(PICTURE))
         del self.env["XDG_CONFIG_HOME"]
-        for variable in ("HOME", "CURL_HOME", "XDG_CONFIG_HOME"):  # each goes before the last
+        for variable in ("HOME", "XDG_CONFIG_HOME", "CURL_HOME"):  # each goes before the last
             with self.subTest(variable):
                 folder = self.new_folder(variable)
                 for name in (".curlrc", "curlrc"):

@@ -737,6 +737,7 @@ UNCERTAIN = {
     "generate x --quality xhigh": "xhigh",
     "generate x --quality max": "max",
     "generate x --complexity low": "complexity.*2.6",
+    "generate x --complexity low -m gpt-image-2.5-flare": "complexity.*2.6",
     "generate x -m gpt-image-3 --quality max --complexity low": "not in the table",
     "edit a.png x --moderation low": "moderation",
     "edit a.png x --response-format url": "response_format",

@@ -299,7 +299,7 @@ class TestBaseUrl(unittest.TestCase):
         """Scheme, host and port, the spellings of this machine being one host."""
         same = ("relay.example", "https://RELAY.example:443/v2", "https://relay.example/a/b")
         others = (
-            "http://relay.example",
+            "http://relay.example:443",
             "relay.example:444",
             "relay.example.evil",
             "a.relay.example",
