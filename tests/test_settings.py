@@ -372,7 +372,7 @@ class TestOnTheWire(SettingsCase):
             with self.subTest(settings):
                 api = self.serve_configured(**settings)
                 self.generate()
-                holders = [pair for pair in api.posts[0].header_list if KEY in pair[1]]
+                holders = [pair for pair in api.posts[0].headers.items() if KEY in pair[1]]
                 self.assertEqual([(n.lower(), v) for n, v in holders], [(name, value)])
 
     def test_a_proxy_gets_the_request(self) -> None:
