@@ -22,12 +22,8 @@ from tests.case import HANG, Case, tool_process
 from tests.pictures import jpeg, png
 from tests.server import Reply, answer, completed_event, event_stream, partial_event
 
-try:
-    import pty
-except ImportError:  # Windows
-    pty = None  # type: ignore[assignment]
-
 PICTURE = png(96, 64, seed=1)
+OPENPTY: Any = getattr(os, "openpty", None)  # Windows has none
 
 
 # ---- Completion -------------------------------------------------------------------------------
@@ -94,10 +90,10 @@ class TestCompletion(Case):
                 lines = self.offered("fish", "-c", f"source {script}; complete -C '{typed}'")
                 self.assertEqual([line.partition("\t")[0] for line in lines], [due])
 
-    @unittest.skipUnless(pty, "needs pseudo-terminals")
+    @unittest.skipUnless(OPENPTY, "needs pseudo-terminals")
     def test_zsh(self) -> None:
         script = self.written("zsh")
-        self.terminal, slave = pty.openpty()
+        self.terminal, slave = OPENPTY()
         self.addCleanup(os.close, self.terminal)
         streams: dict[str, Any] = {"stdin": slave, "stdout": slave, "stderr": slave}
         env = {**self.env, "TERM": "dumb"}
