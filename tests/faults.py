@@ -175,10 +175,6 @@ def silence(stage: Stage) -> Run:
     return answers(answer(FIRST)._replace(before=threading.Event()), argv=(*FOX, *BRIEF))(stage)
 
 
-def unsafe(stage: Stage) -> Run:
-    return answers(page(500, "Error"), answer(FIRST), argv=(*FOX, "--retry-unsafe"))(stage)
-
-
 def stalled(reply: Reply, sent: int) -> Play:
     """Play an answer that stops after so many bytes of its body."""
     chunks: list[Chunk] = [reply.body[:sent], threading.Event()]
@@ -753,7 +749,6 @@ SERVER_ERRORS = [
     row("HTTP 529", UNKNOWN, page(529, "Overloaded"), "billed"),
     row("HTTP 408", UNKNOWN, Reply(408, headers=[NOW]), "billed"),
     row("HTTP 409", UNKNOWN, plain(409, headers=[NOW]), "No such thing"),
-    row("HTTP 500, and --retry-unsafe asks for another", RETRIED._replace(recover=NOTHING), unsafe),
     row("HTTP 429, then 500", UNKNOWN_RETRIED, [limit(NOW), page(500, "Error")]),
     row("HTTP 429, then no byte", UNKNOWN_RETRIED, [limit(NOW), Reply(silent=True)]),
     row("HTTP 429, then 200 without a body", UNKNOWN_RETRIED, [limit(NOW), Reply(200)]),

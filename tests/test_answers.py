@@ -363,14 +363,17 @@ class TestRetries(AnswerCase):
         self.assertEqual((left, error["recover_id"], error["http_status"]), ([b""], None, None))
         self.assertNotIn("Wait", error["error"]["message"])
 
-    def test_waits_are_said_and_grow_where_the_server_names_none(self) -> None:
-        self.serve_base(*[refusal(429, None, "Wait.")] * 3, answer(SMALL))
-        with mock.patch("random.uniform", return_value=0.1) as jitter:
-            run = self.check(self.run_tool("generate", "a fox", "--retries", "3"), 0)
-        waits = re.findall(r"trying again in ([0-9.]+) s \((\d) of 3\)", run.err)
-        self.assertEqual(waits, [("0.1", "1"), ("0.2", "2"), ("0.4", "3")])
-        low, high = jitter.call_args[0]
-        self.assertTrue(0.5 <= low < high <= 1, "jitter makes waits differ, and none longer")
+    def test_retry_unsafe_sends_another_and_loses_nothing_that_came(self) -> None:
+        cut = answer(SMALL, LARGE)._replace(cut=len(b64(SMALL)) + 5000)
+        for first, came in ((page(500, "Oops"), {EARLY, LATER}), (cut, {SMALL})):
+            with self.subTest(first.status), mock.patch("random.uniform", return_value=0):
+                api = self.serve_base(first, otherwise=answer(EARLY, LATER))
+                run = self.run_tool("generate", "a fox", "-n", "2", "--retry-unsafe", "--new")
+                saved = run.saved
+                if self.jobs():
+                    saved += self.run_tool("recover", "--all").saved
+                self.assertLessEqual(came, set(contents(saved)), run)
+                self.assertGreaterEqual(len(api.posts), 1 + (first.status == 500))
 
 
 # ---- Links ------------------------------------------------------------------------------------
