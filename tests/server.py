@@ -495,7 +495,11 @@ class Api:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return
         connection.shutdown(socket.SHUT_WR)
-        tail = b""  # until the client closes, so that no reset eats the answer; it may send no more
+        self._drain(reader, request, reply)
+
+    def _drain(self, reader: io.BufferedReader, request: Request, reply: Reply) -> None:
+        """Wait until the client closes, so that no reset eats the answer; it may send no more."""
+        tail = b""
         while piece := reader.read(65536):
             tail = tail or piece[:80]
         if tail and not reply.early:
