@@ -15,7 +15,7 @@ from tests.pictures import png
 from tests.server import KEY, Api, Reply, answer, models, refusal
 
 PICTURE = png(8, 8)
-LARGE = png(800, 800, seed=1)  # 1.9 MB
+LARGE = png(800, 800, seed=1)  # 1.9 MB, for which curl would ask first
 
 # A curl that notes what it is given, and then is the real one.
 RECORDER = """#!/bin/sh
@@ -62,15 +62,14 @@ def read_config(text: str) -> list[tuple[str, str]]:
     return options
 
 
-class RecordedCase(SystemCase):
-    """A case whose curl tells what it was given."""
+class TestLines(SystemCase):
+    """The options of every kind of call, as a curl of ours notes them."""
 
     def setUp(self) -> None:
         super().setUp()
         self.calls_folder, programs = self.new_folder("calls"), self.new_folder("bin")
-        curl = next(p for p in map(Path, os.get_exec_path()) if os.access(p / "curl", os.X_OK))
-        recorder = programs / "curl"
-        recorder.write_text(RECORDER.format(calls=self.calls_folder, curl=curl / "curl"))
+        recorder, curl = programs / "curl", shutil.which("curl")
+        recorder.write_text(RECORDER.format(calls=self.calls_folder, curl=curl))
         recorder.chmod(0o755)
         self.env["PATH"] = f"{programs}{os.pathsep}{self.env['PATH']}"
         self.configure(timeout=77, connect_timeout=3, user_agent="Fox/1.0")
@@ -85,10 +84,6 @@ class RecordedCase(SystemCase):
             found.append(Call(texts[0].split("\n")[:-1], texts[1], read_config(texts[2])))
             shutil.rmtree(folder)
         return [call for call in found if call.options]
-
-
-class TestLines(RecordedCase):
-    """The options of every kind of call."""
 
     def check_call(self, call: Call, *more: tuple[str, str]) -> None:
         """Assert what every call must say, and that nothing else than this is said."""
@@ -180,21 +175,16 @@ class TestAround(SystemCase):
                     self.assertEqual((len(api.posts), api.gets), (posts + 1, []))
                     self.no_request(other)
 
-    def test_a_large_body_goes_without_asking_first(self) -> None:
-        api = self.serve_base(answer(PICTURE))
-        (self.work / "large.png").write_bytes(LARGE)
-        self.check(self.run_tool("edit", "large.png", "x"), 0)
-        self.assertNotIn("expect", api.posts[0].headers)
-        self.assertEqual(api.posts[0].uploads[0].body, LARGE)
-
-    def test_a_state_folder_with_any_name(self) -> None:
-        self.serve_base(otherwise=answer(PICTURE))
-        (self.work / "a.png").write_bytes(PICTURE)
+    def test_a_state_folder_with_any_name_and_a_large_picture(self) -> None:
+        api = self.serve_base(otherwise=answer(PICTURE))
+        (self.work / "a.png").write_bytes(LARGE)
         state = self.new_folder("st\"a\\te' ;type=x,日本 {a}[1-3]")
         self.env["XDG_STATE_HOME"] = str(state)
         self.generate()
         self.check(self.run_tool("edit", "a.png", "x", "--mask-box", "1,1,2,2"), 0)
         self.assertEqual(self.listing(state), ["gpt-image-2/history.jsonl"])
+        self.assertEqual(api.posts[1].uploads[0].body, LARGE)
+        self.assertNotIn("expect", api.posts[1].headers)
 
     def test_a_servers_own_certificate(self) -> None:
         """It counts once `cacert` names it, for the request and for the picture's link."""

@@ -44,8 +44,8 @@ def read_table(text: str) -> list[Sabotage]:
         if not lines:
             continue
         name, _, modules = lines[0].partition(" | ")
-        old = "\n".join(line[2:] for line in lines[1:] if line.startswith("-"))
-        new = "\n".join(line[2:] for line in lines[1:] if line.startswith("+"))
+        old = "\n".join(line[1:] for line in lines[1:] if line.startswith("-"))
+        new = "\n".join(line[1:] for line in lines[1:] if line.startswith("+"))
         found.append(Sabotage(name, [f"tests.{word}" for word in modules.split()], old, new))
     return found
 
