@@ -337,7 +337,7 @@ class TestHelp(DocumentCase):
             run = self.check(self.run_tool(*words, env=narrow), 0)
             self.assertEqual((run.out, run.err), (self.help_text("generate"), ""))
 
-    def test_form_and_defaults(self) -> None:
+    def test_form_defaults_and_ranges(self) -> None:
         shown = self.run_json("config", "--show")["settings"]
         seen = set()
         self.assertEqual(len(self.commands()), 9)
@@ -352,12 +352,21 @@ class TestHelp(DocumentCase):
                 self.assertEqual(sorted(set(names)), sorted(names))
                 self.assertEqual([left for left, right in rows if len(right) < 4], [])
                 for left, right in rows:
-                    name = re.findall(r"--([a-z-]+)", left)[-1].replace("-", "_")
+                    option = re.findall(r"--[a-z-]+", left)[-1]
                     default = re.search(r"\bdefault (\d[^ )]*|gpt-\S+)", right)
-                    if default and name in shown:
-                        seen.add(name)
-                        self.assertEqual(default[1], str(shown[name]["value"]), name)
-        self.assertLessEqual({"timeout", "connect_timeout", "retries", "model"}, seen)
+                    row = shown.get(option[2:].replace("-", "_"))
+                    if default and row:
+                        seen.add(option)
+                        self.assertEqual(default[1], str(row["value"]), option)
+                    for low, high in re.findall(r" (\d+)\.\.(\d+)$", left):
+                        seen.add(option)
+                        for value in (int(low), int(high)):
+                            gpt_image2.parse_arguments([command, f"{option}={value}"])
+                        for value in (int(low) - 1, int(high) + 1):
+                            with self.assertRaises(gpt_image2.Failure):
+                                gpt_image2.parse_arguments([command, f"{option}={value}"])
+        wanted = {"--timeout", "--connect-timeout", "--retries", "--model", "--n", "--concurrency"}
+        self.assertLessEqual(wanted, seen)
 
 
 class TestSkill(unittest.TestCase):
