@@ -15,8 +15,12 @@ MEMORY = "/dev/shm"  # files that are gone in a moment need no disk, where Linux
 class TwoProcesses(unittest.TestSuite):
     """The test modules, run by this process and a fork of it; each takes the next one left."""
 
+    left: int  # a pipe with the number of each module that nobody has taken
+
     def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
         """Run all modules; what the fork says counts as one error if a test fails there."""
+        if sys.platform == "win32":  # it has no fork
+            return super().run(result, debug)
         self.left, writer = os.pipe()
         os.write(writer, bytes(range(len(list(self)))))
         os.close(writer)
@@ -62,5 +66,4 @@ def load_tests(loader: unittest.TestLoader, _: object, pattern: str | None) -> u
     if roomy and not os.environ.get("TMPDIR"):
         tempfile.tempdir = MEMORY
     here = os.path.dirname(__file__)
-    modules = loader.discover(here, pattern or "test*.py", os.path.dirname(here))
-    return TwoProcesses(modules) if hasattr(os, "fork") else modules
+    return TwoProcesses(loader.discover(here, pattern or "test*.py", os.path.dirname(here)))

@@ -48,7 +48,7 @@ Child = subprocess.Popen  # the tool as a process of its own
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # So may nohup have us ignore a hang-up; a handler keeps it from us alone.
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
@@ -68,8 +68,7 @@ class Run(NamedTuple):
     @property
     def saved(self) -> list[Path]:
         """The paths of the `Saved:` lines."""
-        lines = re.findall(r"^Saved: (.+) \(\d+ KB\)$", self.out, re.MULTILINE)
-        return [Path(path) for path in lines]
+        return [Path(path) for path in re.findall(r"(?m)^Saved: (.+) \(\d+ KB\)$", self.out)]
 
     @property
     def json(self) -> Any:
@@ -100,16 +99,12 @@ class Case(unittest.TestCase):
         self.env.update(XDG_CONFIG_HOME=str(self.config), XDG_STATE_HOME=str(self.state))
         self.servers: list[Api] = []
         self.hurried = False
-        self._watch_resources()
-
-    def _watch_resources(self) -> None:
-        """Let a file or socket that the tool left open fail the test."""
+        # A file or socket that the tool left open fails the test.
         warnings.simplefilter("error", ResourceWarning)
         left_open: list[str] = []
-        hook = sys.unraisablehook  # where errors in a destructor end
-        sys.unraisablehook = lambda error: left_open.append(f"{error.exc_value!r}")
         self.addCleanup(lambda: self.assertEqual(left_open, [], "left open"))
-        self.addCleanup(setattr, sys, "unraisablehook", hook)
+        self.addCleanup(setattr, sys, "unraisablehook", sys.unraisablehook)
+        sys.unraisablehook = lambda error: left_open.append(f"{error.exc_value!r}")
         self.addCleanup(gc.collect)
 
     def new_folder(self, name: str) -> Path:
@@ -178,21 +173,19 @@ class Case(unittest.TestCase):
         `options` go to Popen. The child runs the module, whose bytecode this process has cached;
         with a launcher or another script it runs the script, which takes 70 ms more.
         """
+        words = [os.fspath(word) for word in argv]
         wanted, start = self._wanted(env), [str(self.script)]
         if self.script == SCRIPT and not self.launcher:
             start = ["-m", "gpt_image2"]
-            path = [wanted.get("PYTHONPATH"), str(ROOT)]
-            wanted["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+            path = filter(None, [wanted.get("PYTHONPATH"), str(ROOT)])
+            wanted["PYTHONPATH"] = os.pathsep.join(path)
         with tempfile.TemporaryFile() as source:
             source.write(stdin_bytes(stdin))
             source.seek(0)
             streams = {"stdin": source, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            child = subprocess.Popen(
-                [*self.launcher, sys.executable, *start, *map(os.fspath, argv)],
-                env=wanted,
-                cwd=cwd or self.work,
-                **{**streams, **options},
-            )
+            command = [*self.launcher, sys.executable, *start, *words]
+            options = {"env": wanted, "cwd": cwd or self.work, **streams, **options}
+            child = subprocess.Popen(command, **options)
         self.addCleanup(stop, child)
         return child
 
@@ -222,10 +215,8 @@ class Case(unittest.TestCase):
 
     def check(self, run: Run, code: int) -> Run:
         """Assert the exit code, and that there is no traceback; a failure tells the whole story."""
-        if run.code != code:
-            self.fail(f"exit code {run.code}, not {code}\n{self.story(run)}")
-        if "Traceback" in run.err:
-            self.fail(f"a traceback\n{self.story(run)}")
+        if run.code != code or "Traceback" in run.err:
+            self.fail(f"expected exit code {code} and no traceback\n{self.story(run)}")
         return run
 
     def story(self, run: Run) -> str:
@@ -234,8 +225,7 @@ class Case(unittest.TestCase):
 
     def no_request(self, api: Api) -> None:
         """Assert that nobody even connected to a server."""
-        if api.connections:
-            self.fail(f"expected no request\n{api}")
+        self.assertEqual(api.connections, 0, f"expected no request\n{api}")
 
     def jobs(self) -> list[Path]:
         """Return the job folders left in the state folder."""
@@ -302,31 +292,26 @@ class SystemCase(Case):
 
     def jobs_anywhere(self) -> list[Path]:
         """Return the job folders in the state folder and in its stand-in below TMPDIR."""
-        spare = (self.tmp / "tmp").glob("gpt-image-2-*/jobs/*")
-        return self.jobs() + sorted(spare)
+        return self.jobs() + sorted((self.tmp / "tmp").glob("gpt-image-2-*/jobs/*"))
 
     def answered(self) -> int:
         """Return how many bytes of answers are in the job folders."""
-        sizes = []
-        for job in self.jobs_anywhere():
-            with contextlib.suppress(OSError):
-                sizes.append((job / "response.json").stat().st_size)
-        return sum(sizes)
+        files = [job / "response.json" for job in self.jobs_anywhere()]
+        return sum(file.stat().st_size for file in files if file.exists())
 
     def aged(self, job: Path, days: float) -> Path:
         """Return a job folder made to look so many days old."""
         then = time.time() - days * 86400
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(then))
         old = job.rename(job.with_name(stamp + job.name[16:]))
-        record = json.loads((old / "job.json").read_text(encoding="utf-8"))
-        text = json.dumps({**record, "started": then})
-        (old / "job.json").write_text(text, encoding="utf-8")
+        record = json.loads((old / "job.json").read_bytes())
+        (old / "job.json").write_text(json.dumps({**record, "started": then}))
         return old
 
     def files_with(self, text: str) -> list[Path]:
         """Return the files, anywhere in this test's folders, that hold a text."""
-        paths = (self.tmp / name for name in self.listing(self.tmp))
-        return [path for path in paths if path.is_file() and text.encode() in path.read_bytes()]
+        paths = filter(Path.is_file, self.tmp.rglob("*"))
+        return [path for path in paths if text.encode() in path.read_bytes()]
 
     # The system
 
@@ -341,16 +326,14 @@ class SystemCase(Case):
         """Run a command of the system's, or skip where it can't be done here."""
         if not shutil.which(command[0]):
             self.skipTest(f"there is no {command[0]} here")
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-        )
+        done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode:
-            reason = decoded(done.stdout).strip() or f"ended with {done.returncode}"
+            reason = decoded(done.stdout + done.stderr).strip() or f"ended with {done.returncode}"
             self.skipTest(f"{' '.join(command[:2])}: {reason}")
 
     def heed_permissions(self) -> None:
         """Run the tool as a child that file modes bind, also where the tests run as root."""
-        if os.geteuid() == 0:
+        if sys.platform != "win32" and os.geteuid() == 0:
             bounds = "--bounding-set=-dac_override,-dac_read_search"
             self.system("setpriv", bounds, "true")
             self.launcher = ("setpriv", bounds)
@@ -380,13 +363,10 @@ def all_processes() -> list[int]:
 
 def belongs(pid: int, marker: bytes, name: str) -> bool:
     """Return whether a process has a variable in its environment, and a name if one is given."""
-    try:
+    with contextlib.suppress(OSError):
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        return marker in variables and Path(f"/proc/{pid}/comm").read_text().strip().startswith(
-            name
-        )
-    except OSError:
-        return False
+        return marker in variables and Path(f"/proc/{pid}/comm").read_text().startswith(name)
+    return False
 
 
 @contextlib.contextmanager
@@ -399,8 +379,8 @@ def tool_process(
     """
     if threading.current_thread() is not threading.main_thread():
         raise AssertionError("signal handlers belong to the main thread: use start_tool here")
-    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    handlers = [(number, signal.getsignal(number)) for number in numbers if number]
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    handlers = [(one, signal.getsignal(one)) for one in signal.Signals if one.name in names]
     kept = sys.stdin, sys.stdout, sys.stderr, os.getcwd(), dict(os.environ), tempfile.tempdir
     out, err = io.BytesIO(), io.BytesIO()
     streams = [io.TextIOWrapper(data, "utf-8") for data in (io.BytesIO(stdin), out, err)]
@@ -441,11 +421,10 @@ for name in ("SelectSelector", "PollSelector", "EpollSelector", "KqueueSelector"
         kind.select = hurried(kind.select)
 """
 
-# What an interpreter looks at before it runs anything.
 AT_START = re.compile(r"PYTHON.*|LC_.*|LANG|LANGUAGE|LD_.*|DYLD_.*|MALLOC_.*|GLIBC_TUNABLES")
 STEERING = re.compile(
     r".*_proxy|(openai|gpt_image2|xdg|lc)_.*|lang|language|columns|lines|no_color|force_color|"
-    r"curl_home|curl_ca_bundle|ssl_cert_(file|dir)|sslkeylogfile",
+    r"curl_home|curl_ca_bundle|ssl_cert_(file|dir)|sslkeylogfile|python(?!pycacheprefix$).*",
     re.IGNORECASE,
 )
 
@@ -456,7 +435,7 @@ def at_start(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's environment without all that could steer the tool or curl."""
+    """Return this process's environment without all that could steer Python, the tool or curl."""
     kept = {name: value for name, value in os.environ.items() if not STEERING.fullmatch(name)}
     return {**kept, "LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -476,9 +455,8 @@ def stop(process: Child[bytes]) -> None:
     if process.poll() is None:
         process.kill()
         process.wait()
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        if pipe:
-            pipe.close()
+    for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
+        pipe.close()
 
 
 def remove_tree(folder: Path) -> None:

@@ -21,11 +21,10 @@ from unittest import mock
 from urllib.parse import quote
 
 import gpt_image2
-from tests.case import ROOT, Case, Run, SystemCase
+from tests.case import SCRIPT, Case, Run, SystemCase
 from tests.pictures import jpeg, png, png_chunk, svg
 from tests.server import (
     KEY,
-    NODEKEY_USAGE,
     OPENAI_USAGE,
     Api,
     Reply,
@@ -45,7 +44,6 @@ from tests.server import (
     partial_event,
     ranged,
     refusal,
-    sse,
 )
 
 SMALL = png(20, 30, seed=1)  # its base64 is padded, and holds + and /
@@ -81,38 +79,26 @@ def contents(paths: Sequence[Path]) -> list[bytes]:
     return [path.read_bytes() for path in paths]
 
 
+def moved(target: str, status: int = 302) -> Reply:
+    """Return a redirect."""
+    return Reply(status, headers=[("Location", target)])
+
+
 # ---- Pictures in the answer -------------------------------------------------------------------
 
 
-def wrapped(text: str, width: int, end: str) -> str:
-    """Return text in lines of that width, each but the last ended by `end`."""
-    return end.join(text[at : at + width] for at in range(0, len(text), width))
-
-
-def url_safe(text: str) -> str:
-    """Return base64 in the URL alphabet."""
-    return text.replace("+", "-").replace("/", "_")
-
-
-DRESSINGS: dict[str, Callable[[str], str]] = {  # base64 -> what stands between JSON's quotes
-    "bare": lambda text: text,
-    "data: prefix": lambda text: "data:image/png;base64," + text,
-    "data: prefix, slash escaped": lambda text: "data:image\\/png;base64," + text,
-    "data: prefix with a parameter": lambda text: "data:image/png;name=a.png;base64," + text,
-    "data: prefix in capitals": lambda text: "DATA:image/PNG;BASE64," + text,
-    "wrapped": lambda text: wrapped(text, 76, "\\n") + "\\n",
-    "wrapped with carriage returns": lambda text: wrapped(text, 64, "\\r\\n"),
-    "wrapped into odd lines": lambda text: wrapped(text, 61, "\\n"),
-    "wrapped by raw line breaks": lambda text: wrapped(text, 76, "\n"),
-    "spaces around": lambda text: f"  {text} ",
-    "slashes escaped": lambda text: text.replace("/", "\\/"),
-    "all escaped": lambda text: "".join(f"\\u{ord(character):04x}" for character in text),
-    "some escaped": lambda text: text.replace("+", "\\u002B").replace("A", "\\u0041"),
-    "padding escaped": lambda text: text.replace("=", "\\u003d"),
-    "URL-safe": url_safe,
-    "unpadded": lambda text: text.rstrip("="),
-    "URL-safe, unpadded, wrapped": lambda text: wrapped(url_safe(text).rstrip("="), 70, "\\n"),
-}
+def dressed(text: str) -> list[str]:
+    """Return what may stand between JSON's quotes for base64."""
+    lines, url_safe = re.findall(".{1,61}", text), text.replace("+", "-").replace("/", "_")
+    return [
+        *(text, f"  {text} ", text.rstrip("="), url_safe),
+        *("data:image\\/png;base64," + text, "DATA:image/PNG;name=a.png;BASE64," + text),
+        *("\\n".join(lines) + "\\n", "\\r\\n".join(lines), "\n".join(lines)),
+        "\\n".join(re.findall(".{1,70}", url_safe.rstrip("="))),
+        text.replace("/", "\\/"),
+        text.replace("+", "\\u002B").replace("=", "\\u003d"),
+        "".join(f"\\u{ord(character):04x}" for character in text),
+    ]
 
 
 class TestShapes(AnswerCase):
@@ -121,12 +107,9 @@ class TestShapes(AnswerCase):
     def test_every_dressing(self) -> None:
         for picture in (SMALL, LARGE):
             self.assertTrue(all(mark in b64(picture) for mark in "+/="), "it can't show much")
-            texts = [dress(b64(picture)) for dress in DRESSINGS.values()]
+            texts = dressed(b64(picture))
             entries = ", ".join(f'{{"b64_json": "{text}"}}' for text in texts)
             run = self.ask(Reply(200, f'{{"data": [{entries}]}}'.encode()))
-            for number, name in enumerate(DRESSINGS, 1):
-                with self.subTest(name, bytes=len(picture)):
-                    self.assertNotIn(f"picture {number}:", run.err)
             self.check_saved(run, *[picture] * len(texts))
 
     def test_every_way_over_the_wire(self) -> None:
@@ -134,31 +117,22 @@ class TestShapes(AnswerCase):
         whole = json_reply(document)
         plain, waiting = whole.body, b'{"status": "processing", "data": null}\n'
         bodies = {
-            "pretty-printed": json.dumps(document, indent=4).encode(),
             "dense": json.dumps(document, separators=(",", ":")).encode(),
-            "keep-alive lines ahead": b"\n" * 5 + b" \r\n" * 3 + plain,
             "a megabyte of keep-alive": b"\n" * 1_100_000 + plain,
-            "lines behind": plain + b"\r\n\n  \n",
-            "BOM": b"\xef\xbb\xbf" + plain,
             "blank lines and BOM": b"\r\n\xef\xbb\xbf\n" + plain,
             "a gateway's comment after it": plain + b"\n<!-- from the gateway -->",
-            "lines of waiting before": 3 * waiting + plain,
-            "lines of waiting around": waiting + plain + b"\n" + waiting,
+            "lines of waiting around": 3 * waiting + plain + b"\n" + waiting,
             "gzipped, unasked": gzip.compress(plain),
         }
-        preview, first = partial_event(EARLY), completed_event(SMALL)
-        second = completed_event(LARGE)
+        first, second = completed_event(SMALL), completed_event(LARGE)
         replies = {
             **{name: whole._replace(body=body) for name, body in bodies.items()},
             "chunked": in_pieces(whole, 7001)._replace(framing="chunked"),
             "until the connection closes": whole._replace(framing="close"),
-            "in small pieces": in_pieces(whole, 1999),
-            "named HTML": whole._replace(headers=[("Content-Type", "text/html")]),
             "named a stream": whole._replace(headers=[("Content-Type", "text/event-stream")]),
             "not named": whole._replace(headers=[]),
             "as 201": whole._replace(status=201),
-            "a stream, unasked, after a preview": event_stream(preview, first, second),
-            "a stream with an end mark": event_stream(first, preview, second, "[DONE]"),
+            "a stream, unasked": event_stream(partial_event(EARLY), first, second),
             "a stream not named one": event_stream(first, second)._replace(headers=[]),
             "a stream with comments": event_stream(b": ping\n\n\n", first, second, b": bye\n\n"),
         }
@@ -170,11 +144,9 @@ class TestShapes(AnswerCase):
                 self.check_saved(self.ask(Reply(200, body, [("Content-Type", "image/png")])), LARGE)
 
     def test_whatever_stands_beside_it(self) -> None:
-        odd = ("NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', '"\\u0000"', '"\x01"')
-        texts = [
-            *('"a \\"fox\\"\\\\"', '"{\\"b64_json\\": \\"AAAA\\"}"', '[1, {"b64_json": 2}]'),
-            *('""', "null", *odd),
-        ]
+        odd = ["NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', '"\\u0000"', '"\x01"', "null"]
+        texts = [*odd, '""', '"a \\"fox\\"\\\\"', '"{\\"b64_json\\": \\"AAAA\\"}"']
+        texts += ['[1, {"b64_json": 2}]']
         entry = f'"b64_json": "{b64(SMALL)}"'
         entries = [f'{{"revised_prompt": {text}, {entry}}}' for text in texts]
         entries += [f'{{"url": {text}, {entry}}}' for text in ('""', "null", '"http://[/a.png"')]
@@ -185,27 +157,16 @@ class TestShapes(AnswerCase):
 
     def test_every_place(self) -> None:
         entry = {"b64_json": b64(SMALL)}
-        places: list[Any] = [
-            {"data": entry},
-            {"data": {"data": [entry]}},
-            {"images": [entry]},
-            {"data": [], "images": [entry]},
-            [entry],
-            {"error": None, "data": [entry]},
-            {"error": {}, "data": [entry]},
-        ]
+        places: list[Any] = [{"data": entry}, {"data": {"data": [entry]}}, [entry]]
+        places += [{"images": [entry]}, {"data": [], "images": [entry]}]
+        places += [{"error": None, "data": [entry]}, {"error": {}, "data": [entry]}]
         for url in (data_url(SMALL), self.serve().put("/a.png", SMALL)):
-            places += [
-                {"data": [{"url": url}]},
-                {"data": [{"b64_json": "", "url": url}]},
-                {"data": [{"b64_json": None, "url": url, "revised_prompt": None}]},
-                {"data": [{"image_url": {"url": url}}]},  # as in chats
-                {"data": [url]},
-                {"data": {"url": url}},
-                {"images": [{"url": url}]},
-                {"images": [url]},
-                {"image_urls": [url]},
-            ]
+            alone = {"b64_json": None, "url": url, "revised_prompt": None}
+            in_chats = {"image_url": {"url": url}}
+            entries = [{"url": url}, {"b64_json": "", "url": url}, alone, in_chats, url]
+            places += [{"data": [entry]} for entry in entries]
+            places += [{"data": {"url": url}}, {"images": [{"url": url}]}, {"images": [url]}]
+            places += [{"image_urls": [url]}]
         for place in places:
             with self.subTest(json.dumps(place)[:60]):
                 self.check_saved(self.ask(json_reply(place)), SMALL)
@@ -229,12 +190,11 @@ class TestShapes(AnswerCase):
     def test_an_svg_in_a_data_url(self) -> None:
         filler = b"<!-- %b -->\n<rect" % ("ä 100 % ".encode() * 12_000)
         for drawing in (svg(64, 64), svg(64, 64).replace(b"<rect", filler)):
-            spellings = [
-                "data:image/svg+xml," + quote(drawing),
-                "data:image/svg+xml;charset=utf-8," + quote(drawing),
-                "data:image/svg+xml;base64," + b64(drawing),
-            ]
-            self.check_each({url[:40]: answer(url) for url in spellings}, drawing)
+            after = [f"{kind},{quote(drawing)}" for kind in ("", ";charset=utf-8")]
+            texts = [*after, f";base64,{b64(drawing)}"]
+            self.check_each(
+                {text[:9]: answer("data:image/svg+xml" + text) for text in texts}, drawing
+            )
 
     def test_relays_as_they_document_themselves(self) -> None:
         url = self.serve().put("/a.png", SMALL)
@@ -252,33 +212,16 @@ class TestShapes(AnswerCase):
                 self.check_saved(run, *pictures)
                 self.assertEqual([path.stem for path in run.saved], names)
 
-    def test_a_bad_picture_stops_no_other(self) -> None:
-        for name, text in {"no base64": "!!", "no picture": b64(b"hello"), "empty": " "}.items():
-            with self.subTest(name):
-                entries = [{"b64_json": text} for text in (b64(SMALL), text, b64(LARGE))]
-                run = self.check(self.ask(json_reply({"data": entries}), "-n", "3", "--new"), 9)
-                self.assertEqual(contents(run.saved), [SMALL, LARGE])
-                self.assertIn("picture 2", run.err)
-
     def test_usage_in_every_form(self) -> None:
-        usages: dict[str, tuple[Any, str]] = {
-            "OpenAI's": (OPENAI_USAGE, "281 tokens"),
-            "NodeKey's": (NODEKEY_USAGE, "281 tokens"),
-            "without a total": ({"input_tokens": 6, "output_tokens": 275}, "281 tokens"),
-            "null": (None, ""),
-            "a word": ("none", ""),
-            "a list": ([1], ""),
-            "zeros": ({"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}, ""),
-            "nulls": ({"input_tokens": None, "input_tokens_details": None}, ""),
-            "words": ({"input_tokens": "6", "total_tokens": {"a": 1}, "output_tokens": []}, ""),
-            "huge": ({"output_tokens": 10**400, "total_tokens": -1}, ""),
-        }
-        for name, (usage, told) in usages.items():
-            with self.subTest(name):
+        none = {"input_tokens": None, "input_tokens_details": None, "output_tokens": 0}
+        words = {"input_tokens": "6", "total_tokens": {"a": 1}, "output_tokens": []}
+        huge = {"output_tokens": 10**400, "total_tokens": -1}
+        for usage in ({"input_tokens": 6, "output_tokens": 275}, None, "x", [1], none, words, huge):
+            with self.subTest(usage):
                 run = self.ask(json_reply({"data": [{"b64_json": b64(SMALL)}], "usage": usage}))
                 self.check_saved(run, SMALL)
-                self.assertIn(told, run.err)
-                self.assertEqual("tokens" in run.err, bool(told))
+                told = ["281 tokens"] if "275" in str(usage) else []
+                self.assertEqual(re.findall(r"\S+ tokens", run.err), told)
 
 
 # ---- Words of errors --------------------------------------------------------------------------
@@ -288,7 +231,7 @@ class TestWords(AnswerCase):
     """The server's own words reach the user, whatever it wraps them in."""
 
     def told(self, reply: Reply) -> Any:
-        """Return the error that a refusal with status 400 comes to; stderr says the same."""
+        """Return the error that a refusal comes to; stderr says the same."""
         run = self.check(self.ask(reply, "--json"), 1)
         error = run.json["error"]
         self.assertIn(error["message"], run.err)
@@ -296,42 +239,35 @@ class TestWords(AnswerCase):
         return error
 
     def test_every_shape_of_an_error(self) -> None:
-        documents: dict[str, tuple[Any, str]] = {
-            "as documented": ({"error": {"message": "bad thing", "code": "oops"}}, "oops"),
-            "type for code": ({"error": {"message": "bad thing", "type": "oops"}}, "oops"),
-            "string": ({"error": "bad thing"}, "refused"),
-            "string and code": ({"error": "bad thing", "code": "relay_code"}, "relay_code"),
-            "flat": ({"message": "bad thing", "code": "relay_code"}, "relay_code"),
-            "detail": ({"detail": "bad thing"}, "refused"),
-            "details": ({"detail": [{"loc": ["body", "n"], "msg": "bad thing"}]}, "refused"),
-            "number": ({"error": {"message": "bad thing", "code": 40001}}, "40001"),
-            "nulls": ({"error": {"message": "bad thing", "type": None, "code": None}}, "refused"),
-            "detail in error": ({"error": {"detail": "bad thing"}}, "refused"),
-            "error in detail": ({"detail": {"error": {"message": "bad thing"}}}, "refused"),
-            "list": ([{"error": {"message": "bad thing"}}], "refused"),
-            "errors": ({"error": [{"message": "bad thing"}]}, "refused"),
-        }
-        for name, (document, code) in documents.items():
-            with self.subTest(name):
-                error = self.told(json_reply(document, 400))
-                self.assertIn("bad thing", error["message"])
-                self.assertEqual(error["code"], code)
+        said = {"message": "bad thing"}
+        coded: list[Any] = [{"error": {**said, name: "oops"}} for name in ("code", "type")]
+        coded += [{**said, "code": "oops"}, {"error": "bad thing", "code": "oops"}]
+        bare: list[Any] = [
+            {"error": "bad thing"},
+            {"detail": "bad thing"},
+            {"detail": {"error": said}},
+        ]
+        bare += [{"detail": [{"loc": ["body", "n"], "msg": "bad thing"}]}]
+        bare += [{"error": {"detail": "bad thing"}}, [{"error": said}], {"error": [said]}]
+        bare += [{"error": {**said, "type": None, "code": None}}]
+        number = {"error": {**said, "code": 40001}}
+        for code, documents in (("oops", coded), ("refused", bare), ("40001", [number])):
+            for document in documents:
+                with self.subTest(document):
+                    error = self.told(json_reply(document, 400))
+                    self.assertIn("bad thing", error["message"])
+                    self.assertEqual(error["code"], code)
 
     def test_errors_that_are_no_json(self) -> None:
-        for body, words in (
-            (b"bad thing", "bad thing"),
-            (b"17", "HTTP 400"),
-            (b"null", "HTTP 400"),
-            (b'{"error": {"message": "bad th', "HTTP 400"),
-            (bytes(range(256)), "HTTP 400"),
-        ):
+        cut = b'{"error": {"message": "bad th'
+        for body in (b"bad thing", b"17", b"null", cut, bytes(range(256))):
             with self.subTest(body):
+                words = "bad thing" if body == b"bad thing" else "HTTP 400"
                 self.assertIn(words, self.told(Reply(400, body))["message"])
 
     def test_a_redirect_names_its_target_without_its_query(self) -> None:
         target = "https://console.example/login"
-        moved = Reply(302, headers=[("Location", f"{target}?token=secret-word#top")])
-        error = self.told(moved)
+        error = self.told(moved(f"{target}?token=secret-word#top"))
         self.assertIn(target, error["message"])
         self.assertNotIn("secret-word", str(error))
 
@@ -343,7 +279,6 @@ class TestRetries(AnswerCase):
         wait = [("Retry-After", "0.1")]
         api = self.serve_base(refusal(503, "slow_down", "Wait.", headers=wait), answer(SMALL))
         run = self.check(self.run_tool("generate", "a fox", "--json"), 0)
-        self.assertIn("trying again in 0.1 s (1 of 2)", run.err)
         self.assertEqual(run.json["attempts"], 2)
         first, second = api.posts
         self.assertEqual((first.target, first.body), (second.target, second.body))
@@ -388,22 +323,19 @@ class LinkCase(AnswerCase):
         patch.start()
         self.addCleanup(patch.stop)
 
-    def follow(
-        self, *urls: str, files: Mapping[str, Script | list[Script]] | None = None, api: Any = None
-    ) -> Run:
+    def follow(self, *urls: str, files: Any = (), api: Api | None = None) -> Run:
         """Generate and let the answer hold these links; `files` are served beside it."""
         self.api = api or self.serve_base()
         self.api.script.append(answer(*urls))
-        self.api.files.update(files or {})
+        self.api.files.update(files)
         return self.run_tool("generate", "a fox", "-n", str(min(len(urls), 10)), "--new")
 
     def check_kept(self, run: Run) -> Path:
         """Assert that nothing could be saved and the answer is kept; return its folder."""
         self.check(run, 10)
         self.assertEqual((run.saved, self.listing()), ([], []))
-        match = re.search(r"^Recover: .* recover (\S+)\n\Z", run.err, re.MULTILINE)
-        assert match, run
-        (job,) = [job for job in self.jobs() if job.name == match.group(1)]
+        (name,) = re.findall(r"(?m)^Recover: .* recover (\S+)\n\Z", run.err)
+        (job,) = [job for job in self.jobs() if job.name == name]
         self.assertTrue((job / "response.json").stat().st_size)
         return job
 
@@ -415,7 +347,7 @@ class LinkCase(AnswerCase):
             self.assertNotIn("authorization", request.headers)
             self.assertNotIn(KEY, str(request))
 
-    def wrap_curl(self, script: str) -> Path:
+    def wrap_curl(self, script: str = 'echo curl >>"$log"; real "$@"') -> Path:
         """Put a sh script before curl, which it runs as `real`; return a file of its own."""
         real = shutil.which("curl")
         log, curl = self.tmp / "curls", self.new_folder("bin") / "curl"
@@ -426,7 +358,7 @@ class LinkCase(AnswerCase):
 
 
 class TestDownloads(LinkCase):
-    """What a server may do to a download, and what comes of it."""
+    """What a server may do to a download, three redirects, and the one case that gets the key."""
 
     def test_a_download_carries_no_key(self) -> None:
         host = self.serve()
@@ -440,16 +372,11 @@ class TestDownloads(LinkCase):
 
     def test_a_cut_file_is_resumed_where_the_server_can(self) -> None:
         whole, cut = file_reply(SMALL), len(SMALL) // 2
-        cases: dict[str, tuple[list[Script], list[str | None]]] = {
-            "Range heeded": ([ranged(SMALL, cut=cut), ranged(SMALL)], [None, f"bytes={cut}-"]),
-            "Range ignored": (
-                [whole._replace(cut=cut), whole, whole],
-                [None, f"bytes={cut}-", None],
-            ),
-            "server error": ([page(500, "Oops"), whole], [None, None]),
-        }
-        for name, (replies, ranges) in cases.items():
-            with self.subTest(name):
+        for replies, ranges in (
+            ([ranged(SMALL, cut=cut), ranged(SMALL)], [None, f"bytes={cut}-"]),
+            ([whole._replace(cut=cut), whole, whole], [None, f"bytes={cut}-", None]),
+        ):
+            with self.subTest(ranges):
                 self.check_saved(self.follow("/a.png", files={"/a.png": replies}), SMALL)
                 self.assertEqual([get.headers.get("range") for get in self.api.gets], ranges)
 
@@ -458,81 +385,52 @@ class TestDownloads(LinkCase):
         self.assertEqual(len(self.api.gets), 4)
 
     def test_what_is_no_picture_is_kept_raw_and_fetched_anew(self) -> None:
-        cases = {
-            "a login page named PNG": file_reply(page(200, "Sign in to download").body),
-            "a drawing in a page": file_reply(b"<html><svg></svg></html>"),
-            "an error": file_reply(b'{"error": "expired"}'),
-            "a cut picture": file_reply(SMALL[:-10]),
-            "nothing": file_reply(b""),
-        }
-        for name, reply in cases.items():
-            with self.subTest(name):
-                job = self.check_kept(self.follow("/a.png", files={"/a.png": reply}))
-                kept = [path.read_bytes() for path in job.iterdir() if path.is_file()]
-                self.assertIn(reply.body, kept)
+        drawing, error = b"<html><svg></svg></html>", b'{"error": "expired"}'
+        for body in (page(200, "Log in").body, drawing, error, SMALL[:-10], b""):
+            with self.subTest(body):
+                job = self.check_kept(self.follow("/a.png", files={"/a.png": file_reply(body)}))
+                self.assertIn(body, contents(list(job.iterdir())))
                 self.api.put("/a.png", ranged(SMALL))
                 self.check_saved(self.run_tool("recover", job.name, "-o", "a.png"), SMALL)
                 (self.work / "a.png").unlink()
 
     def test_a_file_too_large_is_refused_whether_its_length_is_told_or_not(self) -> None:
-        cases = {
-            "told": file_reply(SMALL)._replace(content_length=200_000_000, cut=len(SMALL)),
-            "not told": file_reply(LARGE)._replace(framing="close"),
-            "chunked": file_reply(LARGE)._replace(framing="chunked"),
-        }
-        for name, reply in cases.items():
-            limit = 100_000 if name != "told" else gpt_image2.MAX_DOWNLOAD_BYTES
-            with self.subTest(name), mock.patch.object(gpt_image2, "MAX_DOWNLOAD_BYTES", limit):
-                run = self.follow("/a.png", files={"/a.png": reply})
-                job = self.check_kept(run)
+        told = file_reply(SMALL)._replace(content_length=200_000_000, cut=len(SMALL))
+        for framing in ("length", "close", "chunked"):
+            reply = told if framing == "length" else file_reply(LARGE)._replace(framing=framing)
+            limit = gpt_image2.MAX_DOWNLOAD_BYTES if framing == "length" else 100_000
+            with self.subTest(framing), mock.patch.object(gpt_image2, "MAX_DOWNLOAD_BYTES", limit):
+                job = self.check_kept(self.follow("/a.png", files={"/a.png": reply}))
                 self.assertEqual(len(self.api.gets), 1)
-                self.assertIn("larger", run.err)
-                sizes = [path.stat().st_size for path in job.iterdir()]
-                self.assertLess(max(sizes), 100_000, "it stays on the disk")
+                self.assertLess(max(map(len, contents(list(job.iterdir())))), 100_000)
 
-
-class TestRedirects(LinkCase):
-    """At most three, each one checked."""
-
-    def chain(self, count: int) -> dict[str, Script | list[Script]]:
-        """Return a picture behind so many redirects, from /0 on."""
-        hops: dict[str, Script | list[Script]] = {
-            f"/{i}": Reply(302, headers=[("Location", f"/{i + 1}")]) for i in range(count)
-        }
-        return {**hops, f"/{count}": file_reply(SMALL)}
-
-    def test_three_are_followed_and_a_fourth_is_not(self) -> None:
-        self.check_saved(self.follow("/0", files=self.chain(3)), SMALL)
+    def test_three_redirects_are_followed_and_a_fourth_is_not(self) -> None:
+        hops = {f"/{i}": moved(f"/{i + 1}") for i in range(4)}
+        self.check_saved(self.follow("/0", files={**hops, "/3": file_reply(SMALL)}), SMALL)
         (self.work / self.listing()[0]).unlink()
-        self.check_kept(self.follow("/0", files=self.chain(4)))
+        self.check_kept(self.follow("/0", files={**hops, "/4": file_reply(SMALL)}))
         self.assertEqual([get.target for get in self.api.gets], ["/0", "/1", "/2", "/3"])
 
     def test_every_kind_of_redirect(self) -> None:
         host = self.serve()
         url = host.put("/a.png", SMALL)
-        files = {
-            f"/{status}": Reply(status, b"moved", [("Location", url)])
-            for status in (301, 302, 303, 307, 308)
-        }
+        statuses = (301, 302, 303, 307, 308)
+        files = {f"/{one}": moved(url, one)._replace(body=b"moved") for one in statuses}
         self.check_saved(self.follow(*files, files=files), *[SMALL] * 5)
         self.check_keyless(host, self.api)
 
     def test_a_redirect_to_a_private_place_is_refused(self) -> None:
-        curls = self.wrap_curl('echo curl >>"$log"; real "$@"')
+        curls = self.wrap_curl()
         targets = ("http://10.0.0.1/", "http://[::ffff:10.0.0.1]/", "file:///etc/hostname")
-        files = {f"/{n}": Reply(302, headers=[("Location", to)]) for n, to in enumerate(targets)}
+        files = {f"/{number}": moved(target) for number, target in enumerate(targets)}
         self.check_kept(self.follow(*files, files=files))
         self.assertEqual(len(self.api.gets), len(targets))
         self.assertEqual(len(curls.read_text().split()), 1 + len(targets))
 
-
-class TestKey(LinkCase):
-    """The one case in which a download gets the key."""
-
     def test_a_401_from_the_base_is_tried_once_with_the_key(self) -> None:
         for status in (401, 403):
             with self.subTest(status):
-                replies: list[Script] = [DENIED._replace(status=status), file_reply(SMALL)]
+                replies = [DENIED._replace(status=status), file_reply(SMALL)]
                 self.check_saved(self.follow("/a.png", files={"/a.png": replies}), SMALL)
                 keys = [get.headers.get("authorization") for get in self.api.gets]
                 self.assertEqual(keys, [None, f"Bearer {KEY}"])
@@ -542,10 +440,11 @@ class TestKey(LinkCase):
         host = self.serve()
         elsewhere = host.put("/a.png", DENIED)
         self.check_kept(self.follow(elsewhere))
-        redirect = Reply(302, headers=[("Location", elsewhere)])
-        self.check_kept(self.follow("/a.png", files={"/a.png": redirect}))
+        self.check_kept(self.follow("/a.png", files={"/a.png": moved(elsewhere)}))
         self.check_keyless(host, self.api)
-        self.assertEqual(len(host.gets), 2)
+        replies = [DENIED, moved(host.put("/b.png", SMALL))]
+        self.check_kept(self.follow("/a.png", files={"/a.png": replies}))
+        self.assertEqual(len(host.gets), 2, "a redirect was followed with the key")
 
     def test_no_other_spelling_of_the_host_gets_the_key(self) -> None:
         api = self.serve_base()
@@ -554,12 +453,6 @@ class TestKey(LinkCase):
             with self.subTest(host):
                 self.check_kept(self.follow(f"http://{host}:{api.port}/a.png", api=api))
         self.check_keyless(api)
-
-    def test_a_redirect_is_not_followed_with_the_key(self) -> None:
-        host = self.serve()
-        moved = Reply(302, headers=[("Location", host.put("/a.png", SMALL))])
-        self.check_kept(self.follow("/a.png", files={"/a.png": [DENIED, moved]}))
-        self.no_request(host)
 
 
 # A curl that goes to the test's server instead of the address that it shall use.
@@ -572,7 +465,7 @@ class TestPlaces(LinkCase):
 
     def refused(self, links: Sequence[str], api: Api | None = None) -> None:
         """Assert that each link of one answer is refused, and no curl started for it."""
-        curls = self.wrap_curl('echo curl >>"$log"; real "$@"')
+        curls = self.wrap_curl()
         run = self.check(self.follow(*links, api=api), 10)
         for number, link in enumerate(links, 1):
             with self.subTest(link):
@@ -586,18 +479,14 @@ class TestPlaces(LinkCase):
         self.env.update(GPT_IMAGE2_BASE_URL=base, GPT_IMAGE2_ALLOW_HTTP="1", http_proxy=api.origin)
         return api
 
-    def test_private_addresses_in_every_spelling(self) -> None:
+    def test_private_addresses_in_every_spelling_and_what_is_no_http(self) -> None:
         places = ["10.0.0.1", "169.254.169.254", "192.168.0.1:8080", "224.0.0.1", "0.0.0.0"]
         places += ["[::ffff:10.0.0.1]", "[64:ff9b::a00:1]", "[fd00:ec2::254]", "[fe80::1]"]
         places += ["167772161", "0xa9fea9fe", "0251.0376.0251.0376", "10.1", "012.0.0.1"]
-        places += ["198.18.0.1", "10.0.0.1."]
-        self.refused([f"http://{place}/a.png" for place in places])
-
-    def test_what_is_no_http(self) -> None:
+        places += ["198.18.0.1", "10.0.0.1.", "user:pw@8.8.8.8", "8.8.8.8:99999", "[::1"]
         links = ["file:///etc/hostname", "ftp://8.8.8.8/a.png", "gopher://8.8.8.8/1", "dict://x/"]
-        links += ["FILE:///etc/hostname", "http://user:pw@8.8.8.8/a.png", "//@8.8.8.8/a.png"]
-        links += ["http://[::1/a.png", "http://8.8.8.8:99999/a.png", "https://"]
-        self.refused(links)
+        links += ["FILE:///etc/hostname", "//@8.8.8.8/a.png", "https://"]
+        self.refused([*links, *(f"http://{place}/a.png" for place in places)])
 
     def test_loopback_is_private_to_a_base_elsewhere(self) -> None:
         api = self.behind_proxy()
@@ -605,13 +494,6 @@ class TestPlaces(LinkCase):
         hosts += ["%31%32%37.0.0.1", "127%2e1", "１２７.0.0.1", "127.0.0.1.", "localhost"]
         hosts += ["10.0.0.1.", "10.1"]
         self.refused([f"http://{host}:{api.port}/a.png" for host in hosts], api)
-
-    def test_a_redirect_to_loopback_is_refused_to_a_base_elsewhere(self) -> None:
-        api = self.behind_proxy()
-        moved = Reply(302, headers=[("Location", api.put("/secret.png", SMALL))])
-        url = "http://images.example/a.png"
-        self.check_kept(self.follow(url, files={url: moved}, api=api))
-        self.assertEqual(len(api.gets), 1)
 
     def test_names_are_the_proxys_business(self) -> None:
         api, url = self.behind_proxy(), "http://cdn.example/a.png"
@@ -637,7 +519,7 @@ class TestPlaces(LinkCase):
         self.check_saved(self.follow(*links, api=api), *[SMALL] * len(hosts))
 
     def test_a_name_with_any_private_address_is_refused(self) -> None:
-        curls = self.wrap_curl('echo curl >>"$log"; real "$@"')
+        curls = self.wrap_curl()
         found: list[list[str]] = [["10.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::1"], ["fe80::1%eth0"]]
         for count, addresses in enumerate([*found, []], 1):
             with self.subTest(addresses):
@@ -672,8 +554,8 @@ def looked_up(*addresses: str) -> Callable[..., Any]:
 # ---- Streams ----------------------------------------------------------------------------------
 
 
-class StreamCase(SystemCase):
-    """A case that asks for previews."""
+class TestStreams(SystemCase):
+    """--stream and --partial-images: previews as they come, the picture only when it is whole."""
 
     words: tuple[str, ...] = ("generate", "a fox", "--partial-images", "2", "-o", "fox.png")
 
@@ -692,28 +574,10 @@ class StreamCase(SystemCase):
         self.assertEqual([file["bytes"] for file in files], [len(data) for data in found])
         return found
 
-
-def many_lines(event: Any) -> str:
-    """Return an event whose JSON is spread over many data lines."""
-    return "".join(f"data: {line}\n" for line in json.dumps(event, indent=1).splitlines())
-
-
-def as_bytes(event: Any) -> bytes:
-    """Return an event as it goes over the line."""
-    line = sse(event)
-    assert isinstance(line, bytes)
-    return line
-
-
-class TestStreams(StreamCase):
-    """--stream and --partial-images: previews as they come, the picture only when it is whole."""
-
     def test_each_preview_is_saved_and_told_before_the_next_comes(self) -> None:
         go_on, finish = threading.Event(), threading.Event()
-        first = as_bytes(partial_event(EARLY))
-        pieces = [first[at : at + 1] for at in range(len(first))]
-        events = (go_on, partial_event(LATER, 1), finish, completed_event(SMALL), "[DONE]")
-        self.serve_base(event_stream(*pieces, *events))
+        previews, last = (partial_event(EARLY), partial_event(LATER, 1)), completed_event(SMALL)
+        self.serve_base(event_stream(previews[0], go_on, previews[1], finish, last, "[DONE]"))
         self.hurry(20)
         tool = self.start_tool(*self.words)
         self.hear(tool, f"Partial: {self.work / 'fox.partial-1.png'}\n")
@@ -729,24 +593,16 @@ class TestStreams(StreamCase):
 
     def test_the_document_keeps_previews_and_pictures_apart(self) -> None:
         events = (partial_event(EARLY), partial_event(LATER, 1), completed_event(SMALL))
-        run = self.stream(event_stream(*events), "--json", "--provider", "openai")
-        document = run.json
+        document = self.stream(event_stream(*events), "--json", "--provider", "openai").json
         self.assertEqual(self.told(document["images"]), [SMALL])
         self.assertEqual(self.told(document["partials"]), [EARLY, LATER])
         sizes = [(file["format"], file["width"], file["height"]) for file in document["partials"]]
         self.assertEqual(sizes, [("png", 64, 64)] * 2)
-        self.assertNotIn("Saved:", run.out + run.err)
         self.assertEqual((document["usage"], document["warnings"]), (OPENAI_USAGE, []))
         self.assertAlmostEqual(document["cost"]["amount"], 0.00828)
         self.assertEqual(self.jobs(), [])
         post = self.api.posts[0].json
         self.assertEqual((post["stream"], post["partial_images"]), (True, 2))
-
-    def test_stream_alone_brings_no_previews(self) -> None:
-        self.words = ("generate", "a fox", "--stream")
-        run = self.stream(event_stream(completed_event(SMALL)), "--json")
-        self.assertEqual((run.json["partials"], len(run.json["images"])), ([], 1))
-        self.assertNotIn("partial_images", self.api.posts[0].json)
 
     def test_edits(self) -> None:
         (self.work / "a.png").write_bytes(LARGE)
@@ -754,9 +610,8 @@ class TestStreams(StreamCase):
         kind = "image_edit"
         events = (partial_event(EARLY, kind=kind), completed_event(SMALL, kind=kind))
         self.stream(event_stream(*events))
-        self.assertEqual(
-            self.files(), {"a.png": LARGE, "fox.partial-1.png": EARLY, "fox.png": SMALL}
-        )
+        made = {"fox.partial-1.png": EARLY, "fox.png": SMALL}
+        self.assertEqual(self.files(), {"a.png": LARGE, **made})
         fields = self.api.posts[0].fields
         self.assertEqual((fields["stream"], fields["partial_images"]), ("true", "2"))
 
@@ -764,11 +619,6 @@ class TestStreams(StreamCase):
         document = self.stream(answer(SMALL), "--json").json
         self.assertEqual(self.told(document["images"]), [SMALL])
         self.assertEqual((document["partials"], document["warnings"]), ([], []))
-
-    def test_quiet_saves_the_previews_and_says_nothing(self) -> None:
-        run = self.stream(event_stream(partial_event(EARLY), completed_event(SMALL)), "--quiet")
-        self.assertEqual((run.err, run.saved), ("", [self.work / "fox.png"]))
-        self.assertEqual(self.files()["fox.partial-1.png"], EARLY)
 
     def test_a_preview_that_cannot_be_read_costs_only_itself(self) -> None:
         bad = {**partial_event(EARLY), "b64_json": "no/picture"}
@@ -794,23 +644,12 @@ class TestStreams(StreamCase):
         self.assertEqual(self.told(document["partials"]), [EARLY, LATER])
         self.assertEqual(self.told(document["images"]), [SMALL, LARGE])
 
-    def test_a_stream_cut_after_the_first_picture(self) -> None:
-        whole = event_stream(completed_event(SMALL), completed_event(LARGE))
-        cut = whole._replace(cut=len(as_bytes(completed_event(SMALL))) + 50)
-        document = self.stream(cut, "--n", "2", "--json", code=9).json
-        self.assertEqual(self.told(document["images"]), [SMALL])
-        self.assertRegex(document["error"]["message"], r"\b1 of .*\b2\b")
-
     def test_without_an_end_the_preview_is_not_the_picture(self) -> None:
         early, last = partial_event(EARLY), completed_event(SMALL)
-        length = len(as_bytes(early))
         named = f'event: image_generation.partial_image\ndata: {{"b64_json": "{b64(EARLY)}"'
         for name, reply in {
             "ended": event_stream(early),
-            "cut": event_stream(early)._replace(cut=length),
-            "done": event_stream(early, "[DONE]"),
-            "cut in the picture": event_stream(early, last)._replace(cut=length + 200),
-            "spread over lines": event_stream(f"{many_lines(early)}\n".encode()),
+            "cut in the picture": event_stream(early, last)._replace(cut=len(b64(EARLY)) + 1000),
             "told by its name alone": event_stream(f"{named}}}\n\n".encode()),
             "told by its name alone, cut": event_stream(f"{named}, ".encode()),
         }.items():
@@ -827,25 +666,18 @@ class TestStreams(StreamCase):
                 self.assertEqual(len(self.api.requests), 1)
 
     def test_a_picture_whose_event_is_cut_behind_it_is_recovered(self) -> None:
-        cut = len(as_bytes(completed_event(SMALL))) - 20
-        whole = event_stream(completed_event(SMALL))
-        document = self.stream(whole._replace(cut=cut), "--json", code=8).json
+        cut = event_stream(completed_event(SMALL))._replace(cut=len(b64(SMALL)) + 200)
+        document = self.stream(cut, "--json", code=8).json
         self.check(self.run_tool("recover", document["recover_id"]), 0)
         self.assertEqual(self.files(), {"fox.png": SMALL})
-
-    def test_an_error_after_a_preview(self) -> None:
-        error = {"message": "Not this.", "code": "moderation_blocked"}
-        reply = event_stream(partial_event(EARLY), {"type": "error", "error": error})
-        document = self.stream(reply, "--json", code=5).json
-        self.assertEqual(self.told(document["partials"]), [EARLY])
-        self.assertEqual((document["images"], self.listing()), ([], ["fox.partial-1.png"]))
 
     def test_every_spelling(self) -> None:
         early, last = partial_event(EARLY), completed_event(SMALL)
         plain = f"data: {json.dumps(early)}\n\ndata: {json.dumps(last)}\n\n"
         named = f"event: {early['type']}\n{plain}"
         tagged = plain.replace("data", "id: 1\nretry: 3000\ndata").replace("}\n", "}\nevent: x\n")
-        many = f"{many_lines(early)}\n{many_lines(last)}\n"
+        texts = [json.dumps(event, indent=1) for event in (early, last)]
+        many = "".join("data: " + text.replace("\n", "\ndata: ") + "\n\n" for text in texts)
         spellings = {
             "data lines only": plain,
             "without a blank at the end": plain.rstrip("\n"),
@@ -867,7 +699,6 @@ class TestStreams(StreamCase):
                 document = self.stream(reply, "--json", "--force").json
                 self.assertEqual(self.told(document["partials"]), [EARLY])
                 self.assertEqual(self.told(document["images"]), [SMALL])
-                self.assertEqual(document["usage"], OPENAI_USAGE)
 
     def test_where_previews_go(self) -> None:
         reply = event_stream(partial_event(jpeg(64, 64)), completed_event(SMALL))
@@ -899,8 +730,8 @@ class TestStreams(StreamCase):
         run = self.run_tool(*self.words)
         self.assertIn(run.code, (0, 2), self.story(run))  # refused, or saved under a free name
         self.assertEqual(old.read_bytes(), b"old")
-        self.check(self.run_tool(*self.words, "--force"), 0)
-        self.assertEqual(old.read_bytes(), EARLY)
+        run = self.check(self.run_tool(*self.words, "--force", "--quiet"), 0)
+        self.assertEqual((old.read_bytes(), run.err), (EARLY, ""))
 
 
 # ---- Memory -----------------------------------------------------------------------------------
@@ -927,8 +758,7 @@ class TestMemory(Case):
     def peak(self, picture: bytes) -> int:
         """Return the bytes that the tool takes at most for a picture in each of three ways."""
         report, self.script = self.tmp / "peak", self.tmp / "measured.py"
-        tool = str(ROOT / "gpt_image2.py")
-        self.script.write_text(MEASURED.format(script=tool, report=str(report)))
+        self.script.write_text(MEASURED.format(script=str(SCRIPT), report=str(report)))
         entry = b'{"b64_json": "' + b64(picture).encode() + b'"}'
         in_json = Reply(200, b'{"data": [' + b",".join([entry] * 4) + b"]}")
         in_stream = event_stream(partial_event(picture), completed_event(picture))
@@ -936,8 +766,7 @@ class TestMemory(Case):
         for reply in (in_json, in_stream, answer("/a.png")):
             api = self.serve_base(reply)
             api.put("/a.png", picture)
-            run = self.run_tool("generate", "a fox", "--partial-images", "1")
-            self.check(run, 0)
+            run = self.check(self.run_tool("generate", "a fox", "--partial-images", "1"), 0)
             self.assertEqual(contents(run.saved[-1:]), [picture])
             most = max(most, int(report.read_text()))
         return most * (1 if sys.platform == "darwin" else 1024)
