@@ -648,7 +648,10 @@ class TestStopped(JobCase):
         tool = self.start_tool(*FOX)
         self.wait_until(lambda: self.processes("sleep"))
         tool.send_signal(signal.SIGINT)
-        self.assertNotIn("may have been billed", self.ended(tool, 130).err)
+        run = self.check(self.finish(tool), 130)
+        for sleeper in self.processes("sleep"):  # that had not been waited for yet
+            os.kill(sleeper, signal.SIGTERM)
+        self.assertNotIn("may have been billed", run.err)
         self.assertEqual(self.jobs(), [])
         self.no_request(api)
 
