@@ -6,7 +6,6 @@ stands in the fault table, tests/faults.py; here is what that can't show.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -20,23 +19,10 @@ from unittest import mock
 
 from tests.case import Argument, Child, Run, SystemCase
 from tests.pictures import png
-from tests.server import (
-    KEY,
-    Api,
-    Reply,
-    answer,
-    b64,
-    completed_event,
-    event_stream,
-    json_reply,
-    page,
-    partial_event,
-    refusal,
-)
+from tests.server import KEY, Api, Reply, answer, b64, completed_event, event_stream, refusal
 
 FIRST, SECOND, THIRD = (png(40, 30 + i, seed=i) for i in range(3))  # about 4 KB each
 NAMES = {FIRST: "first", SECOND: "second", THIRD: "third"}
-PREVIEW = png(10, 10, seed=4)
 
 FOX = ("generate", "a fox")
 FOXES = (*FOX, "--n", "3")
@@ -44,7 +30,6 @@ THREE = answer(FIRST, SECOND, THIRD)
 MIDDLE = THREE.body.index(b64(THIRD).encode()) + 2000  # two pictures are whole here
 CUT = THREE._replace(cut=MIDDLE)
 SILENT = Reply(silent=True)
-SIGNALS = {129: signal.SIGHUP, 130: signal.SIGINT, 143: signal.SIGTERM}  # by exit code
 
 
 class JobCase(SystemCase):
@@ -58,13 +43,13 @@ class JobCase(SystemCase):
         api.wait_for_request()
         return api, tool, release
 
-    def mid_answer(self, reply: Reply = THREE) -> tuple[Child[bytes], threading.Event]:
+    def mid_answer(self) -> tuple[Child[bytes], threading.Event]:
         """Start a call; return it once it has two of three pictures, and what lets it go on.
 
         Every byte is on disk by then, not in a buffer of curl's, which would go with it.
         """
         release = threading.Event()
-        self.serve_base(reply._replace(chunks=[THREE.body[:MIDDLE], release, THREE.body[MIDDLE:]]))
+        self.serve_base(THREE._replace(chunks=[THREE.body[:MIDDLE], release, THREE.body[MIDDLE:]]))
         tool = self.start_tool(*FOXES)
         self.wait_until(lambda: self.answered() >= MIDDLE)
         return tool, release
@@ -74,14 +59,17 @@ class JobCase(SystemCase):
         posts = len(api.posts)
         tool = self.start_tool(*argv)
         api.wait_for_request(posts + 1)
+        self.kill(tool)
+
+    def kill(self, tool: Child[bytes]) -> None:
+        """End a script, and not its curl."""
         tool.kill()
         self.finish(tool)
 
     def under_way(self) -> tuple[Api, Path, threading.Event]:
         """Return a killed call whose curl waits: server, job folder, and what lets it answer."""
         api, tool, release = self.waiting()
-        tool.kill()
-        self.finish(tool)
+        self.kill(tool)
         (job,) = self.jobs()
         return api, job, release
 
@@ -111,8 +99,9 @@ class JobCase(SystemCase):
         paths = [path for run in runs for path in run.saved]
         return sorted(NAMES.get(path.read_bytes(), str(path)) for path in paths)
 
-    def no_curl_is_left(self) -> None:
-        """Wait until every curl of this test has ended."""
+    def let_come(self, release: threading.Event) -> None:
+        """Let a server answer, and wait until every curl of this test has all of it."""
+        release.set()
         self.wait_until(lambda: not self.processes("curl"))
 
 
@@ -122,37 +111,25 @@ class JobCase(SystemCase):
 class TestFolder(JobCase):
     """One folder a request: made before the POST, closed to others, kept without the key."""
 
-    def test_holds_the_request_but_no_key_before_the_answer(self) -> None:
-        api, tool, release = self.waiting("-o", "fox.png")
-        (job,) = self.jobs()
-        self.hear(tool, f"Job: {job.name}\n")
-        record = (job / "job.json").read_text()
-        for fact in ("a fox", "127.0.0.1", "fox.png"):
-            self.assertIn(fact, record)
-        self.assertEqual(json.loads((job / "body.json").read_text()), api.posts[0].json)
-        self.assertEqual(self.files_with(KEY), [])
-        tool.kill()
-        self.finish(tool)
-        self.assertEqual(self.files_with(KEY), [], "nor after SIGKILL")
-        release.set()
-        self.assertEqual(self.pictures(self.recover("--last")), ["first"])
-
-    def test_is_closed_to_others_whatever_the_umask(self) -> None:
+    def test_is_closed_to_others_and_without_the_key(self) -> None:
+        """Whatever the umask, while the answer comes, and when the script was killed."""
         self.shell('umask 0; exec "$@"')
         tool, release = self.mid_answer()
         (job,) = self.jobs()
+        self.hear(tool, f"Job: {job.name}\n")
         paths = [job, *job.iterdir()]
         self.assertLessEqual({"body.json", "response.json", "headers.txt"}, {p.name for p in paths})
         modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in paths}
         self.assertEqual(modes, {p.name: "0o700" if p == job else "0o600" for p in paths})
+        self.assertEqual(self.files_with(KEY), [])
+        self.kill(tool)
+        self.assertEqual(self.files_with(KEY), [])
         release.set()
-        self.check(self.finish(tool), 0)
 
     def test_two_of_one_name(self) -> None:
         """The same request, second and random number: the earlier answer stays untouched."""
         then = time.gmtime(1_790_000_000)
-        draws = [b"ab", b"ab", b"cd"]
-        real = os.urandom
+        draws, real = [b"ab", b"ab", b"cd"], os.urandom
 
         def drawn(size: int) -> bytes:
             return draws.pop(0) if size == 2 else real(size)
@@ -171,20 +148,14 @@ class TestFolder(JobCase):
         self.serve_base(CUT)
         run = self.check(self.run_tool(*FOXES, "--quiet", "--json"), 8)
         (job,) = self.jobs()
-        error = run.json["error"]
         self.assertEqual((run.json["job_id"], run.json["recover_id"]), (job.name, job.name))
-        self.assertEqual((error["exit_code"], error["maybe_billed"]), (8, True))
         last = run.err.splitlines()[-1]
         self.assertRegex(last, f"^Recover: .* recover {job.name}$")
+        command = ["sh", "-c", last[len("Recover: ") :]]
         done = subprocess.run(
-            ["sh", "-c", last[len("Recover: ") :]],
-            env=self.env,
-            cwd=self.home,
-            capture_output=True,
-            check=False,
+            command, env=self.env, cwd=self.home, capture_output=True, check=False
         )
-        self.assertEqual(done.returncode, 9, done.stderr)
-        rescued = Run([], 9, done.stdout, "")
+        rescued = self.check(Run(command, done.returncode, done.stdout, ""), 9)
         self.assertEqual(self.pictures(rescued), ["first", "second"])
         self.assertEqual({path.parent for path in rescued.saved}, {self.work})
 
@@ -193,7 +164,7 @@ class TestFolder(JobCase):
         run = self.check(self.run_tool(*FOX, "--json"), 8)
         self.assertEqual(run.json["job_id"], self.jobs()[0].name)
         self.assertIsNone(run.json["recover_id"])
-        self.assertNotIn("Recover:", run.err)
+        self.assertNotIn("Recover:", run.err + self.recover("--last", code=10).err)
 
     def test_an_echo_of_the_key_is_blanked_and_nothing_else(self) -> None:
         """Also one that ends beyond a window of the file, of any power of two."""
@@ -227,48 +198,34 @@ class TestFolder(JobCase):
 class TestPlace(JobCase):
     """Where jobs are kept if the state folder can't take them: below TMPDIR, if that is ours."""
 
-    def setUp(self) -> None:
-        super().setUp()
-        self.spare = self.tmp / "tmp" / f"gpt-image-2-{os.getuid()}"
-
-    def lose_state(self) -> None:
-        """Let the state folder lie where none can be made."""
+    def test_below_tmpdir_where_that_folder_is_ours_alone(self) -> None:
+        """What another user may have put there, or may read, is neither used nor shown."""
+        uid = self.tmp.stat().st_uid
+        spare = self.tmp / "tmp" / f"gpt-image-2-{uid}"
+        elsewhere = self.new_folder("elsewhere") / "state"
         (self.tmp / "file").write_bytes(b"")
         self.env["XDG_STATE_HOME"] = str(self.tmp / "file" / "state")
-
-    def test_below_tmpdir(self) -> None:
-        self.lose_state()
-        self.serve_base(CUT)
-        run = self.check(self.run_tool(*FOXES), 8)
-        self.assertRegex(run.err, f"warning: .*{self.spare}")
-        for folder in (self.spare, self.spare / "jobs"):
-            self.assertEqual(stat.S_IMODE(folder.stat().st_mode), 0o700)
-        (job,) = self.jobs_anywhere()
+        job = self.kept()
+        self.assertEqual(job.parent, spare / "jobs")
+        self.assertEqual([stat.S_IMODE(p.stat().st_mode) for p in (spare, job.parent)], [0o700] * 2)
         self.assertIn(job.name, self.recover().out)
         self.assertEqual(self.pictures(self.recover("--last", code=9)), ["first", "second"])
 
-    def test_not_below_tmpdir_where_it_is_not_ours_alone(self) -> None:
-        """What another user may have put there, or may read, is neither used nor shown."""
-        self.lose_state()
-        job = self.kept()
-        elsewhere = self.new_folder("elsewhere") / "state"
-        uid = os.getuid()
-
         def make_it_a_link() -> None:
-            self.spare.chmod(0o700)
-            self.spare.rename(elsewhere)
-            self.spare.symlink_to(elsewhere)
+            spare.chmod(0o700)
+            spare.rename(elsewhere)
+            spare.symlink_to(elsewhere)
 
         def make_it_another_users() -> None:
             """Be the next user, and let us have made the folder of that one's name."""
-            elsewhere.rename(self.spare.with_name(f"gpt-image-2-{uid + 1}"))
+            elsewhere.rename(spare.with_name(f"gpt-image-2-{uid + 1}"))
             getuid = mock.patch("os.getuid", return_value=uid + 1)
             getuid.start()
             self.addCleanup(getuid.stop)
 
         changes: dict[str, Callable[[], object]] = {
-            "readable": lambda: self.spare.chmod(0o740),
-            "writable": lambda: self.spare.chmod(0o702),
+            "readable": lambda: spare.chmod(0o740),
+            "writable": lambda: spare.chmod(0o702),
             "a link": make_it_a_link,
             "another user's": make_it_another_users,
         }
@@ -305,15 +262,10 @@ class TestResumed(JobCase):
         whole = (answer(reply) if isinstance(reply, bytes) else reply for reply in replies)
         return self.serve_base(*(reply._replace(before=self.release) for reply in whole))
 
-    def let_answers_come(self) -> None:
-        """Let the server answer, and wait until every curl has all of it."""
-        self.release.set()
-        self.no_curl_is_left()
-
-    def resumed(self, *argv: Argument, code: int = 0, **options: Any) -> Run:
+    def resumed(self, *argv: Argument, code: int = 0) -> Run:
         """Run a command that must finish another's job, and send nothing."""
         posts = len(self.servers[-1].posts)
-        run = self.check(self.run_tool(*argv, **options), code)
+        run = self.check(self.run_tool(*argv), code)
         self.assertIn("resumed", run.err)
         self.assertEqual(len(self.servers[-1].posts), posts)
         return run
@@ -329,23 +281,12 @@ class TestResumed(JobCase):
         self.assertEqual(Path(run.json["images"][0]["path"]).read_bytes(), FIRST)
         self.assertEqual((len(api.posts), self.jobs()), (1, []))
 
-    def test_an_answer_half_there_is_finished(self) -> None:
-        tool, release = self.mid_answer()
-        tool.kill()
-        self.finish(tool)
-        again = self.start_tool(*FOXES)
-        self.hear(again, "resumed")
-        release.set()
-        run = self.check(self.finish(again), 0)
-        self.assertEqual(self.pictures(run), ["first", "second", "third"])
-        self.assertEqual(len(self.servers[0].posts), 1)
-
     def test_an_answer_that_came_meanwhile_is_finished(self) -> None:
         """However the same prompt, output and input bytes are given."""
         for name in ("in.png", "copy.png"):
             (self.work / name).write_bytes(png(64, 64))
         self.killed(self.held(FIRST), "edit", "in.png", "a fox", "-o", "out/../fox.png")
-        self.let_answers_come()
+        self.let_come(self.release)
         run = self.resumed("edit", "copy.png", "--prompt", "a fox", "-o", "fox.png")
         self.assertEqual(run.saved, [self.work / "fox.png"])
         self.assertEqual((self.pictures(run), self.jobs()), (["first"], []))
@@ -366,7 +307,7 @@ class TestResumed(JobCase):
             with self.subTest(name):
                 self.release.clear()
                 self.killed(self.held(FIRST), *first)
-                self.let_answers_come()
+                self.let_come(self.release)
                 if first == edit:
                     (self.work / "in.png").write_bytes(png(64, 64, rgb=(1, 2, 3)))
                 if name == "host":
@@ -377,50 +318,40 @@ class TestResumed(JobCase):
                 self.assertEqual(self.pictures(run), ["second"])
                 self.assertEqual(self.pictures(self.recover("--last")), ["first"])
 
-    def test_the_job_of_a_living_script_is_not_taken(self) -> None:
-        api = self.held(FIRST, SECOND)
-        first = self.start_tool(*FOX)
-        api.wait_for_request()
-        second = self.start_tool(*FOX)
-        api.wait_for_request(2)
-        self.release.set()
-        runs = [self.check(self.finish(tool), 0) for tool in (first, second)]
-        self.assertEqual(self.pictures(*runs), ["first", "second"])
-        self.assertNotIn("resumed", runs[0].err + runs[1].err)
-
     def test_each_answer_is_finished_once(self) -> None:
-        """Two calls are killed; of three that come at once, two finish those, one sends its own."""
-        api = self.held(FIRST, SECOND, THIRD)
-        tools = [self.start_tool(*FOX) for _ in range(2)]
-        api.wait_for_request(2)
-        for tool in tools:
-            tool.kill()
-            self.finish(tool)
-        again = [self.start_tool(*FOX) for _ in range(3)]
+        """Three calls at once, of which two are killed; then three more, of which one sends."""
+        api = self.held(FIRST, SECOND, THIRD, FIRST)
+        living, *others = (self.start_tool(*FOX) for _ in range(3))
         api.wait_for_request(3)
+        for tool in others:
+            self.kill(tool)
+        again = [self.start_tool(*FOX) for _ in range(3)]
+        api.wait_for_request(4)
         self.release.set()
-        runs = [self.check(self.finish(tool), 0) for tool in again]
-        self.assertEqual(self.pictures(*runs), ["first", "second", "third"])
-        self.assertEqual(sum("resumed" in run.err for run in runs), 2)
-        self.assertEqual((len(api.posts), self.jobs()), (3, []))
+        runs = [self.check(self.finish(tool), 0) for tool in (living, *again)]
+        self.assertEqual(self.pictures(*runs), ["first", "first", "second", "third"])
+        self.assertEqual(sum("resumed" in run.err for run in runs[1:]), 2)
+        self.assertEqual((len(api.posts), self.jobs()), (4, []))
 
-    def test_a_refusal_that_came_meanwhile_is_told(self) -> None:
-        self.killed(self.held(refusal(400, "moderation_blocked", "Blocked.")), *FOX)
-        self.let_answers_come()
-        self.assertIn("Blocked", self.resumed(*FOX, code=5).err)
-        self.assertEqual(self.jobs(), [])
-
-    def test_an_answer_cut_meanwhile_is_not_paid_again(self) -> None:
-        self.killed(self.held(CUT), *FOXES)
-        self.let_answers_come()
-        self.assertIn("--new", self.resumed(*FOXES, code=8).err, "the way to another one")
-        self.assertEqual(self.pictures(self.recover("--last", code=9)), ["first", "second"])
+    def test_what_came_meanwhile_is_told_and_not_paid_again(self) -> None:
+        for reply, code, told, pictures in (
+            (refusal(400, "moderation_blocked", "Blocked."), 5, "Blocked", []),
+            (CUT, 8, "--new", ["first", "second"]),
+        ):
+            with self.subTest(told):
+                self.release.clear()
+                self.killed(self.held(reply), *FOXES)
+                self.let_come(self.release)
+                self.assertIn(told, self.resumed(*FOXES, code=code).err)
+                self.assertEqual(len(self.jobs()), 1 if pictures else 0)
+                run = self.recover("--all", code=9 if pictures else 0)
+                self.assertEqual(self.pictures(run), pictures)
 
     def test_a_request_that_left_nothing_is_sent_again_with_a_warning(self) -> None:
         """Its curl is gone without a byte: nothing is under way that could be finished."""
         api = self.held(SILENT, SECOND)
         self.killed(api, *FOX)
-        self.let_answers_come()
+        self.let_come(self.release)
         run = self.check(self.run_tool(*FOX), 0)
         self.assertNotIn("resumed", run.err)
         self.assertIn("billed", run.err)
@@ -441,8 +372,7 @@ class TestLastMoment(JobCase):
 
         def flock(file: Any, how: int) -> None:
             if str(getattr(file, "name", file)).endswith("curl.txt"):
-                release.set()
-                self.no_curl_is_left()
+                self.let_come(release)
             real(file, how)
 
         return mock.patch("fcntl.flock", flock)
@@ -481,49 +411,34 @@ class TestList(JobCase):
             self.assertEqual((run.out, "no unfinished" in run.err), ("", True))
         self.assertEqual(self.recover("--json").json["jobs"], [])
 
-    def test_one_a_line_without_key_or_config(self) -> None:
-        jobs = [self.kept(), self.kept(SILENT)]
+    def test_neither_key_nor_config_is_needed(self) -> None:
+        """One line a job, in which no prompt can forge anything, and any one by its id."""
+        self.serve_base(CUT)
+        prompt = "a\x1b[31m fox\nSaved: /etc/passwd (1 KB)\u202e"
+        self.check(self.run_tool("generate", "-", "--n", "3", stdin=prompt), 8)
+        jobs = [*self.jobs(), self.kept(), self.kept(SILENT)]
         del self.env["GPT_IMAGE2_API_KEY"], self.env["GPT_IMAGE2_BASE_URL"]
         for argv in ((), ("--list",)):
             lines = self.recover(*argv).out.splitlines()
-            for job, line in zip(jobs, lines):
-                self.assertRegex(line, rf"^{job.name}\b.*a fox$")
-            self.assertEqual(len(lines), 2)
+            self.assertEqual(len(lines), 3)
+            for job, line, state in zip(jobs, lines, ("answer", "answer", "no answer")):
+                self.assertRegex(line, rf"^{job.name} +{state}\b.*a.* fox\b[^\x1b\u202e]*$")
         self.assertEqual(self.listing(), [], "listing saves nothing")
         document = self.recover("--json").json
         self.assertEqual((document["schema"], document["ok"]), (1, True))
         found = [(row["id"], row["prompt"]) for row in document["jobs"]]
-        self.assertEqual(found, [(job.name, "a fox") for job in jobs])
-
-    def test_what_is_under_way(self) -> None:
-        _, job, release = self.under_way()
-        self.assertRegex(self.recover().out, f"{job.name} +under way")
-        release.set()
-        self.no_curl_is_left()
-        self.assertRegex(self.recover().out, f"{job.name} +answer")
-
-    def test_a_prompt_can_forge_nothing(self) -> None:
-        self.serve_base(CUT)
-        prompt = "a\x1b[31m fox\nSaved: /etc/passwd (1 KB)\u202e"
-        self.check(self.run_tool("generate", "-", "--n", "3", stdin=prompt), 8)
-        run = self.recover()
-        self.assertEqual(len(run.out.splitlines()), 1)
-        self.assertNotRegex(run.out, "[\x1b\u202e]")
+        names = [job.name for job in jobs]
+        self.assertEqual(found, list(zip(names, (prompt, "a fox", "a fox"))))
+        document = self.recover(names[1], "--json", code=9).json
+        self.assertEqual((document["command"], document["ok"]), ("recover", False))
+        self.assertEqual((document["job_id"], document["recover_id"]), (names[1], names[1]))
+        saved = [Path(image["path"]).read_bytes() for image in document["images"]]
+        self.assertEqual(saved, [FIRST, SECOND])
+        self.assertEqual(len(self.recover().out.splitlines()), 3)
 
 
 class TestChoosing(JobCase):
     """Which answers are saved, and where to."""
-
-    def test_by_id_without_the_key(self) -> None:
-        job, other = self.kept(), self.kept()
-        del self.env["GPT_IMAGE2_API_KEY"], self.env["GPT_IMAGE2_BASE_URL"]
-        document = self.recover(job.name, "--json", code=9).json
-        self.assertEqual((document["command"], document["ok"]), ("recover", False))
-        self.assertEqual((document["job_id"], document["recover_id"]), (job.name, job.name))
-        self.assertEqual(document["error"]["exit_code"], 9)
-        saved = [Path(image["path"]).read_bytes() for image in document["images"]]
-        self.assertEqual(saved, [FIRST, SECOND])
-        self.assertIn(other.name, self.recover().out)
 
     def test_the_last(self) -> None:
         self.assertIn("no unfinished", self.recover("--last", code=10).err)
@@ -575,73 +490,29 @@ class TestChoosing(JobCase):
                 self.assertEqual({path.parent for path in run.saved}, {taken.parent})
                 self.assertEqual(taken.read_bytes() == b"mine", name != "replaced")
                 taken.unlink()
-
-    def test_an_existing_file_of_ones_own_is_refused(self) -> None:
         job = self.kept()
-        for name in ("mine-1.png", "mine.png"):  # whichever it would take
-            (self.work / name).write_bytes(b"mine")
-        self.assertIn("exists", self.recover(job.name, "-o", "mine.png", code=2).err)
+        self.assertIn("exists", self.recover(job.name, "-o", there / "c.png", code=2).err)
         self.assertIn(job.name, self.recover().out)
 
 
 class TestSalvage(JobCase):
-    """Whole pictures out of what is no whole answer, and why not where there are none."""
-
-    def test_whatever_the_json_looks_like(self) -> None:
-        data = [{"b64_json": b64(FIRST)}, {"b64_json": b64(SECOND)}]
-        data_urls = [{"url": "data:image/png;base64," + b64(p)} for p in (FIRST, SECOND)]
-        for name, text in {
-            "pretty": json.dumps({"created": 1, "data": data}, indent=4),
-            "slashes escaped": json.dumps({"data": data}).replace("/", r"\/"),
-            "data: URLs": json.dumps({"data": data_urls}),
-            "usage first": json.dumps({"usage": {"total_tokens": 1}, "data": data}),
-            "blank lines first": "\n\n\n" + json.dumps({"data": data}),
-        }.items():
-            with self.subTest(name):
-                job = self.kept(Reply(200, text.encode(), cut=len(text) - 1000))
-                self.assertEqual(self.pictures(self.recover(job.name, code=9)), ["first"])
+    """Whole pictures out of what is no whole answer."""
 
     def test_a_stream_whose_script_was_killed(self) -> None:
-        """Its pictures are brought, each once, and its previews are none."""
+        """Its picture is brought once, and its previews are none."""
+        preview = {"type": "image_generation.partial_image", "b64_json": b64(SECOND)}
         torn = b'event: x\ndata: {"type": "image_generation.completed", "b64_json": "iVBORw0K'
-        preview, picture = partial_event(PREVIEW), completed_event(FIRST)
-        for events, code, pictures in (
-            ([preview, picture, preview], 9, ["first"]),
-            ([preview], 10, []),
-        ):
-            with self.subTest(code=code):
-                release = threading.Event()
-                reply = event_stream(events[0], release, *events[1:], torn)
-                api = self.serve_base(reply._replace(framing="length", content_length=999_999))
-                self.killed(api, *FOXES)
-                release.set()
-                self.assertEqual(self.pictures(self.recover("--last", code=code)), pictures)
-                self.assertEqual(len(self.listing()), 1)
-                self.recover("--clean", "--older-than", "0s")
-
-    def test_what_could_not_be_saved_and_why(self) -> None:
-        self.kept(answer(FIRST, SECOND[:2000], THIRD), 9)
-        run = self.recover("--last", code=9)
-        self.assertEqual(self.pictures(run), ["first", "third"])
-        self.assertRegex(run.err, "picture 2: .*(cut|end)")
-
-    def test_nothing_could_be_saved_and_why(self) -> None:
-        for reply, code, why in (
-            (page(200, "Log in"), 8, "(?i)html"),
-            (json_reply({"data": [{"b64_json": "!!!!"}]}), 10, "base64"),
-            (page(524, "A time-out occurred"), 8, "524"),
-            (SILENT, 8, "empty|without|no answer|nothing"),
-        ):
-            with self.subTest(why):
-                job = self.kept(reply, code)
-                run = self.recover(job.name, code=10)
-                self.assertRegex(run.err, why)
-                self.assertNotIn("Recover:", run.err)
-                self.assertEqual(run.saved, [])
+        release = threading.Event()
+        reply = event_stream(preview, release, completed_event(FIRST), preview, torn)
+        api = self.serve_base(reply._replace(framing="length", content_length=999_999))
+        self.killed(api, *FOXES)
+        release.set()
+        self.assertEqual(self.pictures(self.recover("--last", code=9)), ["first"])
+        self.assertEqual(len(self.listing()), 1)
 
     def test_links_are_fetched_again_without_another_hosts_key(self) -> None:
         api = self.serve_base()
-        api.script.append(answer(api.put("/fox.png", page(403, "Expired"))))
+        api.script.append(answer(api.put("/fox.png", Reply(403))))
         self.check(self.run_tool(*FOX), 10)
         before = len(api.gets)
         self.serve_base()
@@ -660,6 +531,7 @@ class TestWaiting(JobCase):
         _, job, release = self.under_way()
         run = self.recover(job.name, "--no-wait", code=10)
         self.assertRegex(run.err, "still runs|under way|running")
+        self.assertRegex(self.recover().out, f"{job.name} +under way")
         self.recover("--clean", "--older-than", "0s")
         tool = self.waiting_recover(job)
         release.set()
@@ -669,14 +541,20 @@ class TestWaiting(JobCase):
         run = self.recover(self.kept().name, "--no-wait", code=9)
         self.assertEqual(self.pictures(run), ["first", "second"], "no curl runs there")
 
-    def test_the_same_command_meanwhile_pays_for_no_other(self) -> None:
+    def test_meanwhile_the_same_command_pays_for_no_other(self) -> None:
+        """And when recover is stopped, the curl goes on, and its answer can be recovered later."""
         api, job, release = self.under_way()
+        curl = self.the_curl()
         tool = self.waiting_recover(job)
         run = self.check(self.run_tool(*FOX, "--json"), 8)
         self.assertEqual(run.json["error"]["code"], "under_way")
         self.assertRegex(self.recover(job.name, code=10).err, "under way|running")
+        tool.send_signal(signal.SIGTERM)
+        run = self.check(self.finish(tool), 143)
+        self.assertEqual(self.processes(), [curl])
+        self.assertRegex(run.err.splitlines()[-1], "^Recover: ")
         release.set()
-        self.assertEqual(self.pictures(self.check(self.finish(tool), 0)), ["first"])
+        self.assertEqual(self.pictures(self.recover("--last")), ["first"])
         self.assertEqual(len(api.posts), 1)
 
     def test_beside_the_call_itself(self) -> None:
@@ -731,12 +609,9 @@ class TestUpkeep(JobCase):
                 self.recover("--clean", *options)
                 self.assertEqual(self.jobs(), [new])
                 shutil.rmtree(new)
-
-    def test_clean_refuses_an_age_that_is_none(self) -> None:
         self.kept()
         for age in ("", "x", "-1d", "7 days", "１d", "nan"):
-            with self.subTest(age):
-                self.recover("--clean", f"--older-than={age}", code=2)
+            self.recover("--clean", f"--older-than={age}", code=2)
         self.assertEqual(len(self.jobs()), 1)
 
 
@@ -752,17 +627,8 @@ class TestStopped(JobCase):
         self.assertEqual(self.processes(), [], self.story(run))
         return run
 
-    def test_quiet_or_not_it_is_said_that_it_may_be_billed(self) -> None:
-        for code, number in SIGNALS.items():
-            with self.subTest(number.name):
-                _, tool, _ = self.waiting("--new", "--quiet")
-                tool.send_signal(number)
-                run = self.ended(tool, code)
-                self.assertEqual((run.out, len(run.err.splitlines())), ("", 1))
-                self.assertRegex(run.err, f"{number.name}.*may have been billed")
-
     def test_just_as_curl_starts(self) -> None:
-        """A signal before the wait begins is not slept through."""
+        """A signal before the wait begins is not slept through; what it costs is said in a line."""
         real = subprocess.Popen
 
         def start(*argv: Any, **options: Any) -> Any:
@@ -772,36 +638,22 @@ class TestStopped(JobCase):
 
         self.serve_base(answer(FIRST)._replace(before=threading.Event()), strict=False)
         with mock.patch("subprocess.Popen", start):
-            run = self.check(self.run_tool(*FOX, "--timeout", "9"), 130)
-        self.assertIn("may have been billed", run.err)
+            run = self.check(self.run_tool(*FOX, "--timeout", "9", "--quiet"), 130)
+        self.assertRegex(run.err, r"^.*SIGINT.*may have been billed.*\n$")
         self.assertEqual(self.processes(), [])
 
     def test_while_the_key_is_fetched(self) -> None:
         api = self.serve()
-        fifo = self.tmp / "fifo"
-        os.mkfifo(fifo)
-        command = ["sh", "-c", f'echo started > "{fifo}"; exec sleep 600']
-        self.configure(base_url=api.base_url, api_key_command=command)
+        self.configure(base_url=api.base_url, api_key_command=["sleep", "600"])
         tool = self.start_tool(*FOX)
-        self.assertEqual(fifo.read_text(), "started\n")
-        sleepers = self.processes("sleep")
+        self.wait_until(lambda: self.processes("sleep"))
         tool.send_signal(signal.SIGINT)
         run = self.check(self.finish(tool), 130)
-        for sleeper in set(sleepers) & set(self.processes("sleep")):
-            os.kill(sleeper, signal.SIGKILL)
+        for sleeper in self.processes("sleep"):  # that had not been waited for yet
+            os.kill(sleeper, signal.SIGTERM)
         self.assertNotIn("may have been billed", run.err)
         self.assertEqual(self.jobs(), [])
         self.no_request(api)
-
-    def test_an_answer_that_breaks_after_the_signal_is_kept(self) -> None:
-        tool, release = self.mid_answer(THREE._replace(cut=MIDDLE + 1))
-        tool.send_signal(signal.SIGINT)
-        self.hear(tool, "10 s")
-        release.set()
-        run = self.ended(tool, 130)
-        self.assertIn("may have been billed", run.err)
-        self.assertRegex(run.err.splitlines()[-1], "^Recover: ")
-        self.assertEqual(self.pictures(self.recover("--last", code=9)), ["first", "second"])
 
     def test_the_terminal_sends_it_to_all(self) -> None:
         """Ctrl-C goes to the foreground's whole process group; curl is not in it."""
@@ -829,27 +681,14 @@ class TestStopped(JobCase):
         self.assertEqual(self.pictures(self.recover("--last")), ["first", "second"])
         self.assertEqual(self.jobs(), [])
 
-    def test_recover_that_waits(self) -> None:
-        """The curl goes on, and the answer can be recovered later."""
-        _, job, release = self.under_way()
-        curl = self.the_curl()
-        tool = self.waiting_recover(job)
-        tool.send_signal(signal.SIGTERM)
-        run = self.check(self.finish(tool), 143)
-        self.assertEqual(self.processes(), [curl])
-        self.assertRegex(run.err.splitlines()[-1], "^Recover: ")
-        release.set()
-        self.assertEqual(self.pictures(self.recover("--last")), ["first"])
-
     def test_what_the_parent_ignores_stays_ignored(self) -> None:
         """As under nohup, or in the background of a script; other signals are heeded."""
-        for name in ("HUP", "INT"):
-            with self.subTest(name):
-                self.shell(f'trap "" {name}; exec "$@"')
-                _, tool, release = self.waiting("--new")
-                tool.send_signal(getattr(signal, f"SIG{name}"))
-                release.set()
-                self.assertEqual(self.pictures(self.ended(tool, 0)), ["first"])
-                _, tool, _ = self.waiting("--new")
-                tool.send_signal(signal.SIGTERM)
-                self.ended(tool, 143)
+        self.shell('trap "" HUP INT; exec "$@"')
+        _, tool, release = self.waiting()
+        for number in (signal.SIGHUP, signal.SIGINT):
+            tool.send_signal(number)
+        release.set()
+        self.assertEqual(self.pictures(self.ended(tool, 0)), ["first"])
+        _, tool, _ = self.waiting()
+        tool.send_signal(signal.SIGTERM)
+        self.ended(tool, 143)

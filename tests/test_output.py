@@ -14,17 +14,7 @@ from unittest import mock
 
 from tests.case import Argument, Run, SystemCase
 from tests.pictures import gif, jpeg, png, svg, webp
-from tests.server import (
-    Api,
-    Reply,
-    Request,
-    Script,
-    answer,
-    b64,
-    json_reply,
-    page,
-    refusal,
-)
+from tests.server import Api, Reply, Request, Script, answer, b64, json_reply, page, refusal
 
 PICTURE = png(40, 30, seed=1)
 LARGE = png(400, 300, seed=2)  # larger than any pipe's buffer
@@ -70,14 +60,14 @@ class TestSavedLines(OutputCase):
     """One line an image on stdout, and the same in the document."""
 
     def test_the_line_and_its_figure(self) -> None:
-        small, just_above, just_below = (
+        just_above, just_below = (
             PICTURE[:-12] + bytes(size - len(PICTURE)) + PICTURE[-12:]
-            for size in (len(PICTURE), 10 * 1024 + 513, 11 * 1024 + 511)
+            for size in (10 * 1024 + 513, 11 * 1024 + 511)
         )
-        replies = [answer(png(1, 1), small, just_above, just_below)]
-        run = self.asked("-n", "4", "-o", "./a/../fox.png", replies=replies)
-        sizes = [1, round(len(PICTURE) / 1024), 11, 11]
-        lines = [f"Saved: {self.work}/fox-{i}.png ({kb} KB)\n" for i, kb in enumerate(sizes, 1)]
+        replies = [answer(png(1, 1), just_above, just_below)]
+        run = self.asked("-n", "3", "-o", "./a/../fox.png", replies=replies)
+        sizes = enumerate([1, 11, 11], 1)
+        lines = [f"Saved: {self.work}/fox-{i}.png ({kilobytes} KB)\n" for i, kilobytes in sizes]
         self.assertEqual(run.out, "".join(lines))
 
     def test_each_line_comes_as_soon_as_its_picture_is_there(self) -> None:
@@ -131,47 +121,37 @@ class TestSavedLines(OutputCase):
         self.assertRegex(run.err, r"^[^\n]*Bad size[^\n]*\n$")
 
 
-# Beside the fault table: name, exit code, reply (None: nothing may be sent), options.
-OUTCOMES: list[tuple[str, int, Reply | None, list[str]]] = [
-    ("saved", 0, answer(PICTURE), []),
-    ("fewer", 9, answer(PICTURE), ["-n", "2"]),
-    ("one is bad", 9, answer(PICTURE, PICTURE[:-20]), ["-n", "2"]),
-    ("none whole", 10, BAD, []),
-    ("unknown", 8, page(500, "Error"), []),
-    ("unknown option", 2, None, ["--colour", "red"]),
-    ("missing value", 2, None, ["--size"]),
-    ("not a number", 2, None, ["-n", "two"]),
-    ("illegal size", 2, None, ["-s", "100x100"]),
-    ("name taken", 2, None, ["-o", "taken.png"]),
-    ("no such config", 3, None, ["--config", "nowhere.json"]),
-]
-
-
 class TestDocument(OutputCase):
     """With --json exactly one object on stdout, whatever happens."""
 
     def test_one_object_in_every_outcome(self) -> None:
+        """Beside the fault table; where there is no reply, nothing may be sent."""
         (self.work / "taken.png").write_bytes(b"mine")
-        for name, code, reply, options in OUTCOMES:
+        outcomes: list[tuple[str, int, Reply | None, list[str]]] = [
+            ("saved", 0, answer(PICTURE), []),
+            ("one is bad", 9, answer(PICTURE, PICTURE[:-20]), ["-n", "2"]),
+            ("none whole", 10, BAD, []),
+            ("unknown", 8, page(500, "Error"), []),
+            ("unknown option", 2, None, ["--colour", "red"]),
+            ("missing value", 2, None, ["--size"]),
+            ("illegal size", 2, None, ["-s", "100x100"]),
+            ("name taken", 2, None, ["-o", "taken.png"]),
+            ("no such config", 3, None, ["--config", "nowhere.json"]),
+        ]
+        for name, code, reply, options in outcomes:
             with self.subTest(name):
                 api = self.serve_base(*([reply] if reply else []))
-                self.check_document(self.check(self.ask("--new", "--json", *options), code))
+                run = self.check(self.ask("--new", "--json", *options), code)
+                document, error = run.json, run.json["error"]
+                self.assertEqual((run.raw_out.count(b"\n"), run.raw_out.isascii()), (1, True), run)
+                self.assertEqual((document["schema"], document["command"]), (1, "generate"))
+                self.assertEqual((document["ok"], document["resumed"]), (code == 0, False))
+                self.assertEqual(len(document["images"]), 1 if code in (0, 9) else 0)
+                self.assertEqual(error and error["exit_code"], code or None)
+                if error:
+                    self.assertTrue(error["code"] and error["message"])
+                    self.assertIs(error["maybe_billed"], code == 8)
                 self.assertEqual(len(api.posts), 1 if reply else 0)
-
-    def check_document(self, run: Run) -> None:
-        """Assert that a document is one line, and says what the exit code says."""
-        document = run.json
-        self.assertEqual((run.raw_out.count(b"\n"), run.raw_out.isascii()), (1, True), run)
-        self.assertEqual((document["schema"], document["command"]), (1, "generate"))
-        self.assertEqual((document["ok"], document["resumed"]), (run.code == 0, False))
-        self.assertEqual(len(document["images"]), 1 if run.code in (0, 9) else 0)
-        error = document["error"]
-        if run.code == 0:
-            self.assertIsNone(error)
-        else:
-            self.assertEqual(error["exit_code"], run.code)
-            self.assertTrue(error["code"] and error["message"])
-            self.assertIs(error["maybe_billed"], run.code == 8)
 
     def test_a_document_without_a_known_command(self) -> None:
         for argv in (["--json"], ["genrate", "--json"], ["--json", "generate", "a fox"]):
@@ -191,17 +171,14 @@ class TestForging(OutputCase):
             self.assertTrue(character.isprintable(), f"{character!r} in {run}")
 
     def test_in_every_text_of_an_error(self) -> None:
-        location = ("Location", "https://a.example/\x1b[2K\u202e\x9b\x85")
         for name, reply in {
             "message": refusal(400, None, HOSTILE),
-            "code": refusal(400, HOSTILE, "no", type=HOSTILE),
-            "string": json_reply({"error": HOSTILE}, 400),
+            "code": refusal(500, HOSTILE, "no", type=HOSTILE),
             "detail": json_reply({"detail": [HOSTILE, {HOSTILE: 1}]}, 400),
             "body": Reply(400, HOSTILE.encode()),
             "inside a 200": refusal(200, "server_error", HOSTILE),
             "a body that is no JSON": Reply(200, HOSTILE.encode()),
-            "location": Reply(302, headers=[location]),
-            "server error": refusal(500, HOSTILE, HOSTILE),
+            "location": Reply(302, headers=[("Location", "https://a.example/\x1b[2K\u202e\x9b")]),
             "link": answer(f"ftp://a.example/{HOSTILE}"),
         }.items():
             for flags in (["--verbose"], ["--verbose", "--json"]):
@@ -211,26 +188,16 @@ class TestForging(OutputCase):
 
     def test_in_what_a_caller_passes_on(self) -> None:
         name = HOSTILE.replace("\0", "")
-        for argv in (
-            ["--prompt-file", name],
-            ["--size", name],
-            [f"--{name}"],
-            ["-o", name],
-            ["-n", name],
-        ):
+        for argv in (["--prompt-file", name], ["--size", name], [f"--{name}"], ["-o", name]):
             with self.subTest(argv):
                 api = self.serve_base()
                 self.check_clean(self.check(self.run_tool("generate", *argv, name), 2), 0)
                 self.no_request(api)
 
     def test_beside_a_picture(self) -> None:
-        reply = answer(
-            PICTURE,
-            revised_prompt=HOSTILE,
-            usage={HOSTILE: HOSTILE, "total_tokens": HOSTILE},
-            output_format=HOSTILE,
-            size=HOSTILE,
-        )
+        usage = {HOSTILE: HOSTILE, "total_tokens": HOSTILE}
+        words = {"revised_prompt": HOSTILE, "output_format": HOSTILE, "size": HOSTILE}
+        reply = answer(PICTURE, usage=usage, **words)
         headers = [("X-Request-Id", "r\x1b[1m\u202e\x9b"), ("Content-Type", "\x1b[2K")]
         for flags, saved in (["--verbose"], 1), (["--verbose", "--json"], 0):
             with self.subTest(flags):
@@ -276,14 +243,9 @@ class TestNames(OutputCase):
         (self.work / "taken.png").write_bytes(b"mine")
         (self.work / "dangling.png").symlink_to("nowhere.png")
         (self.work / "folder.png").mkdir()
+        wrong = ("taken.png", "dangling.png", "taken.png/fox.png", "a\nb.png", "a\u202eb.png", "")
         for options in (
-            ["-o", "taken.png"],
-            ["-o", "dangling.png"],
-            ["-o", "taken.png/fox.png"],
-            ["-o", "a\nb.png"],
-            ["-o", "a\u202eb.png"],
-            ["-o", "x" * 300 + ".png"],
-            ["-o", ""],
+            *(["-o", name] for name in (*wrong, "x" * 300 + ".png")),
             ["-o", "-", "-n", "2"],
             ["--output-dir", "taken.png"],
         ):
@@ -298,45 +260,33 @@ class TestNeverOverwritten(OutputCase):
     """A name that is taken meanwhile stays whoever's it is."""
 
     def test_a_target_that_appears_meanwhile(self) -> None:
-        def others() -> None:
-            """Take fox-2 and the name that it would have then."""
-            for name in ("fox-2.png", "fox-2-2.png"):
-                (self.work / name).write_bytes(b"mine")
-
+        """A file, a folder or a link, and the next names too."""
         nowhere = self.work / "nowhere.png"
-        for wanted, act in (
-            ("file-2.png", lambda: (self.work / "file.png").write_bytes(b"mine")),
-            ("folder-2.png", (self.work / "folder.png").mkdir),
-            ("link-2.png", lambda: (self.work / "link.png").symlink_to(nowhere)),
-            ("fox-2-3.png", others),
-        ):
-            with self.subTest(wanted):
-                stem = wanted.partition("-")[0]
-                count = "2" if act == others else "1"
-                self.meanwhile(act, answer(*[LARGE, PICTURE][-int(count) :]))
-                run = self.check(self.ask("-n", count, "-o", f"{stem}.png"), 0)
-                self.assertEqual(run.saved[-1].name, wanted)
-                self.assertEqual(self.read(wanted), PICTURE)
-                self.assertIn(wanted, run.err)
-        for name in ("file.png", "fox-2.png", "fox-2-2.png"):
-            self.assertEqual(self.read(name), b"mine")
-        self.assertFalse(nowhere.exists())
+
+        def others() -> None:
+            (self.work / "fox-2.png").write_bytes(b"mine")
+            (self.work / "fox-2-2.png").mkdir()
+            (self.work / "fox-2-3.png").symlink_to(nowhere)
+
+        self.meanwhile(others, answer(LARGE, PICTURE))
+        run = self.check(self.ask("-n", "2", "-o", "fox.png"), 0)
+        self.assertEqual([path.name for path in run.saved], ["fox-1.png", "fox-2-4.png"])
+        self.assertEqual([path.read_bytes() for path in run.saved], [LARGE, PICTURE])
+        self.assertIn("fox-2-4.png", run.err)
+        self.assertEqual((self.read("fox-2.png"), nowhere.exists()), (b"mine", False))
         self.assertEqual(self.jobs(), [])
 
-    def test_force_replaces_a_file_only_by_a_whole_picture(self) -> None:
-        fox, seen = self.work / "fox.png", []
-        fox.write_bytes(b"old")
-        for reply, code in ((BAD, 10), (Reply(500), 8), (answer(PICTURE), 0)):
+    def test_force_replaces_a_name_only_by_a_whole_picture(self) -> None:
+        """And a link, not what it points to."""
+        fox, old, seen = self.work / "fox.png", self.work / "old.png", []
+        old.write_bytes(b"old")
+        fox.symlink_to(old)
+        for reply, code in ((BAD, 10), (Reply(500), 8), (answer(PICTURE), 0), (answer(LARGE), 0)):
             self.meanwhile(lambda: seen.append(fox.read_bytes()), reply)
             self.check(self.ask("-o", "fox.png", "--force", "--new"), code)
-            self.assertEqual(fox.read_bytes(), b"old" if code else PICTURE)
-        self.assertEqual((seen, self.listing()), ([b"old"] * 3, ["fox.png"]))
-
-    def test_force_replaces_a_link_not_what_it_points_to(self) -> None:
-        (self.work / "old.png").write_bytes(b"old")
-        (self.work / "fox.png").symlink_to("old.png")
-        self.asked("-o", "fox.png", "--force")
-        self.assertEqual((self.read("fox.png"), self.read("old.png")), (PICTURE, b"old"))
+        self.assertEqual(seen, [b"old", b"old", b"old", PICTURE])
+        self.assertEqual((fox.read_bytes(), old.read_bytes()), (LARGE, b"old"))
+        self.assertEqual(self.listing(), ["fox.png", "old.png"])
 
     def test_many_at_once_under_one_name_lose_nothing(self) -> None:
         count, all_asked = 8, threading.Event()
@@ -367,9 +317,8 @@ class TestDurable(OutputCase):
         def fsync(file: Any) -> None:
             real(file)
             out: Any = sys.stdout.buffer  # of run_tool
-            said = out.getvalue()
             named = (self.work / "fox.png").exists()
-            synced.append((os.fstat(file), named, said, len(self.jobs())))
+            synced.append((os.fstat(file), named, out.getvalue(), len(self.jobs())))
 
         for options in ([], ["--force"]):
             with self.subTest(options), mock.patch("os.fsync", fsync):
@@ -386,20 +335,25 @@ class TestDurable(OutputCase):
 
     def test_an_unfinished_picture_is_a_new_file(self) -> None:
         """Whoever guesses its name gains nothing by putting a link or a file there."""
-        victim = self.new_folder("others") / "victim"
-        for name, plant in (
-            ("a link", lambda path: os.symlink(victim, path)),
-            ("a file", lambda path: os.link(victim, path)),
-        ):
-            with self.subTest(name):
+        real, victim = os.open, self.new_folder("others") / "victim"
+
+        def planting(plant: Callable[[Path, str], object], folder: Path) -> Any:
+            """Return a patch that plants something where a file is about to be made."""
+
+            def opened(path: str, flags: int, *rest: Any, **options: Any) -> int:
+                if flags & os.O_CREAT and Path(path).parent == folder:
+                    plant(victim, path)
+                return real(path, flags, *rest, **options)
+
+            return mock.patch("os.open", opened)
+
+        for plant in (os.symlink, os.link):
+            with self.subTest(plant.__name__):
                 victim.write_bytes(b"theirs")
                 victim.chmod(0o666)
-                folder = self.work / name
-                folder.mkdir()
-                hook = Planting(str(folder), plant)
-                self.asked("--new", "--output-dir", str(folder), code=9)
-                self.assertEqual(hook.planted, 1)
-                hook.folder = ""
+                folder = self.work / plant.__name__
+                with planting(plant, folder):
+                    self.asked("--new", "--output-dir", folder, code=9)
                 self.assertEqual(victim.read_bytes(), b"theirs")
                 self.assertEqual(stat.S_IMODE(victim.stat().st_mode), 0o666)
                 self.assertEqual(self.recover().saved[0].read_bytes(), PICTURE)
@@ -412,23 +366,6 @@ class TestDurable(OutputCase):
                 os.umask(umask)
                 (path,) = self.asked().saved
                 self.assertEqual(stat.S_IMODE(path.stat().st_mode), mode)
-
-
-class Planting:
-    """Puts something at the place of the first file that is opened in a folder, just before."""
-
-    def __init__(self, folder: str, plant: Callable[[str], object]) -> None:
-        self.folder, self.plant, self.planted = folder, plant, 0
-        sys.addaudithook(self.hear)  # which can't be taken away again
-
-    def hear(self, event: str, details: tuple[Any, ...]) -> None:
-        """Hear what this process does."""
-        if event != "open" or not self.folder or self.planted:
-            return
-        path, _, flags = details
-        if isinstance(path, str) and os.path.dirname(path) == self.folder and flags & os.O_CREAT:
-            self.planted += 1
-            self.plant(path)
 
 
 class TestFolders(OutputCase):
@@ -447,33 +384,16 @@ class TestFolders(OutputCase):
         run = self.check(self.ask("-o", "fox.png", cwd=out), 0)
         self.assertEqual((run.saved, self.read("out/fox.png")), ([out / "fox.png"], PICTURE))
 
-    def test_a_folder_that_became_a_file_meanwhile(self) -> None:
-        """The pictures are in the job folder then; that is said, and recover moves them on."""
-        out = self.work / "out"
-        out.mkdir()
-
-        def swap() -> None:
-            out.rmdir()
-            out.write_bytes(b"mine")
-
-        self.meanwhile(swap, answer(PICTURE, LARGE))
-        run = self.check(self.ask("-n", "2", "-o", "out/fox.png"), 9)
-        (job,) = self.jobs()
-        self.assertEqual([path.parent for path in run.saved], [job] * 2)
-        self.assertEqual([path.read_bytes() for path in run.saved], [PICTURE, LARGE])
-        self.assertRegex(run.err, rf"warning: .*{job}")
-        self.assertRegex(run.err, rf"Recover: .* recover {job.name}\n$")
-        recovered = self.recover("--output-dir", "recovered")
-        self.assertEqual([path.read_bytes() for path in recovered.saved], [PICTURE, LARGE])
-        self.assertEqual((out.read_bytes(), self.jobs()), (b"mine", []))
-
     def test_a_full_disk_keeps_what_fits(self) -> None:
         disk = self.small_disk("disk")
         replies = [answer(PICTURE, LARGE, PICTURE)]
         run = self.asked("-n", "3", "-o", disk / "fox.png", code=9, replies=replies)
         self.assertEqual([path.read_bytes() for path in run.saved], [PICTURE, LARGE, PICTURE])
-        self.assertEqual([path.parent == disk for path in run.saved], [True, False, True])
+        self.assertEqual([path.parent for path in run.saved], [disk, *self.jobs(), disk])
         self.assertEqual(self.listing(disk), ["fox-1.png", "fox-3.png"], "nothing half-written")
+        recovered = self.recover("--output-dir", "recovered").saved
+        self.assertEqual([path.read_bytes() for path in recovered], [PICTURE, LARGE, PICTURE])
+        self.assertEqual(self.jobs(), [])
 
 
 # ---- Streams ----------------------------------------------------------------------------------
@@ -544,14 +464,3 @@ class TestStreams(OutputCase):
                 self.launcher = ()
                 self.recover("-o", f"{name}.png")
                 self.assertEqual((self.read(f"{name}.png"), self.jobs()), (LARGE, []))
-
-    def test_a_reader_that_leaves_halfway(self) -> None:
-        self.serve_base(answer(LARGE))
-        tool = self.start_tool("generate", "a fox", "-o", "-")
-        assert tool.stdout and tool.stderr
-        self.assertEqual(tool.stdout.read(8), LARGE[:8])
-        tool.stdout.close()
-        self.assertIn(b"Recover: ", tool.stderr.read())
-        self.assertEqual(tool.wait(), 10)
-        self.recover("-o", "fox.png")
-        self.assertEqual(self.read("fox.png"), LARGE)

@@ -8,8 +8,10 @@ removed, as on Windows. None of it has been run on Windows itself.
 from __future__ import annotations
 
 import errno
+import itertools
 import ntpath
 import os
+import re
 import stat
 import subprocess
 import threading
@@ -24,96 +26,72 @@ from tests.pictures import png
 from tests.server import Reply, answer
 
 FOX = png(16, 16, rgb=(200, 90, 20))
-CURL_OF = {"posix": "curl", "nt": "curl.exe"}
 
 
 class TestCurlProgram(Case):
-    """Which curl is run: the first on the PATH, never one that lies in the current folder."""
+    """Which curl is run."""
 
-    def found(self, name: str) -> str:
-        """Return the curl that is found on a system of this name, "" for none."""
-        with mock.patch("os.name", name), mock.patch.dict(os.environ, self.env, clear=True):
-            try:
-                return gpt_image2.find_curl()
-            except gpt_image2.Failure as failure:
-                self.assertEqual(failure.exit_code, 3)
-                return ""
-
-    def put(self, *names: str, mode: int = 0o755) -> str:
-        """Make an executable file below the test's folder and return its path."""
-        path = self.tmp.joinpath(*names)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        path.chmod(mode)
-        return str(path)
-
-    def test_the_first_that_can_be_run(self) -> None:
-        for system, name in CURL_OF.items():
-            with self.subTest(system):
-                self.put("unusable", name, mode=0o600)
-                wanted = self.put("bin", name)
-                self.put("later", name)
-                places = (str(self.tmp / place) for place in ("empty", "unusable", "bin", "later"))
-                self.env["PATH"] = os.pathsep.join(places)
-                self.assertEqual(self.found(system), wanted)
-
-    def test_none_of_the_current_folder(self) -> None:
+    def test_the_first_on_the_path_and_none_of_the_current_folder(self) -> None:
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.work)
-        self.env["PATH"] = os.pathsep.join(["", ".", "bin", "./bin"])
-        for system, name in CURL_OF.items():
-            for place in ((), ("bin",), ("System32",)):
-                self.put("work", *place, name)
-            for root in ({}, {"SYSTEMROOT": ""}, {"SYSTEMROOT": "."}):
-                with self.subTest(system, root=root):
-                    self.env.update(root)
-                    self.assertEqual(self.found(system), "")
+        places = ("unusable", "bin", "later", "win/System32", "work", "work/bin", "work/System32")
+        for path in (self.tmp / place / name for place in places for name in ("curl", "curl.exe")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(0o600 if path.parent.name == "unusable" else 0o755)
+        away = [str(self.tmp / name) for name in ("empty", "unusable", "bin", "later")]
+        here = ["", ".", "bin", "./bin"]
+        windows = str(self.tmp / "win")
+        for system, folders, root, wanted in (
+            ("posix", away, windows, "bin/curl"),
+            ("nt", away, ".", "bin/curl.exe"),
+            ("nt", away, windows, "win/System32/curl.exe"),
+            ("posix", here, "", None),
+            ("nt", here, "", None),
+            ("nt", here, ".", None),
+        ):
+            env = mock.patch.dict(os.environ, PATH=os.pathsep.join(folders), SYSTEMROOT=root)
+            with self.subTest(system, folders=folders, root=root), env:
+                self.assertEqual(self.found(system), wanted and str(self.tmp / wanted))
 
-    def test_windows_takes_its_own(self) -> None:
-        self.put("bin", "curl.exe")
-        own = self.put("Windows", "System32", "curl.exe")
-        self.env.update(PATH=str(self.tmp / "bin"), SYSTEMROOT=str(self.tmp / "Windows"))
-        self.assertEqual(self.found("nt"), own)
+    def found(self, system: str) -> str | None:
+        """Return the curl that is found on a system of this name."""
+        try:
+            with mock.patch("os.name", system):
+                return gpt_image2.find_curl()
+        except gpt_image2.Failure as failure:
+            self.assertEqual(failure.exit_code, 3)
+            return None
 
 
 class TestOddFileSystems(SystemCase):
     """Pictures are saved without hard links, modes or lasting folders."""
 
-    def saved(self, *argv: str, reply: Reply = answer(FOX)) -> Path:  # noqa: B008
+    def saved(self, reply: Reply) -> Path:
         """Return the path of the picture that is saved."""
         self.serve_base(reply)
-        run = self.check(self.run_tool("generate", "a fox", *argv), 0)
+        run = self.check(self.run_tool("generate", "a fox", "-o", "fox.png"), 0)
         self.assertEqual([path.read_bytes() for path in run.saved], [FOX])
         self.assertEqual(self.jobs(), [])
         return run.saved[0]
 
     def test_no_hard_links(self) -> None:
         """As on exFAT and most network drives; a name that is taken meanwhile is passed over."""
-        faults: list[Any] = [PermissionError(errno.EPERM, "no"), OSError(errno.ENOTSUP, "no")]
-        for number, fault in enumerate([*faults, NotImplementedError(), AttributeError()]):
-            folder = self.work / str(number)
-            folder.mkdir()
 
-            def others(folder: Path = folder) -> None:
-                (folder / "fox.png").write_bytes(b"mine")
-                (folder / "fox-2.png").mkdir()
-                (folder / "fox-3.png").symlink_to(folder / "nowhere")
+        def others() -> None:
+            (self.work / "fox.png").write_bytes(b"mine")
+            (self.work / "fox-2.png").mkdir()
+            (self.work / "fox-3.png").symlink_to("nowhere")
 
-            with self.subTest(repr(fault)), mock.patch("os.link", side_effect=fault) as link:
-                reply = Reply(chunks=[others, answer(FOX).body])
-                path = self.saved("-o", f"{number}/fox.png", reply=reply)
-                self.assertEqual(path, folder / "fox-4.png")
-                self.assertEqual((folder / "fox.png").read_bytes(), b"mine")
-                self.assertFalse((folder / "nowhere").exists())
-                path = self.saved("-o", f"{number}/fox.png", "--force")
-                self.assertEqual(path, folder / "fox.png")
-                self.assertTrue(link.called)
+        refused, unknown = (OSError(code, "no") for code in (errno.EPERM, errno.ENOTSUP))
+        faults = itertools.cycle((refused, unknown, NotImplementedError(), AttributeError()))
+        with mock.patch("os.link", side_effect=faults) as link:
+            path = self.saved(Reply(chunks=[others, answer(FOX).body]))
+        self.assertEqual(path.name, "fox-4.png")
+        self.assertEqual((self.work / "fox.png").read_bytes(), b"mine")
+        self.assertFalse((self.work / "nowhere").exists())
+        self.assertTrue(link.called)
 
-    def test_no_modes(self) -> None:
-        with mock.patch("os.chmod", side_effect=OSError(errno.ENOTSUP, "no modes")):
-            self.saved()
-
-    def test_folders_that_cannot_be_synced(self) -> None:
+    def test_no_modes_and_folders_that_cannot_be_synced(self) -> None:
         real, folders = os.fsync, []
 
         def fsync(file: Any) -> None:
@@ -122,8 +100,9 @@ class TestOddFileSystems(SystemCase):
                 raise OSError(errno.EINVAL, "a folder")
             real(file)
 
-        with mock.patch("os.fsync", fsync):
-            self.saved()
+        chmod = mock.patch("os.chmod", side_effect=OSError(errno.ENOTSUP, "no modes"))
+        with chmod, mock.patch("os.fsync", fsync):
+            self.saved(answer(FOX))
         self.assertTrue(folders)
 
 
@@ -132,13 +111,11 @@ class TestWindowsWords(Case):
 
     def test_the_way_to_recover_runs_as_it_stands(self) -> None:
         python = ntpath.join("C:\\", "Program Files", "Python", "python.exe")
-        job = "20261121T000000Z-0123456789ab"
-        for name, start in (("nt", f'"{python}" '), ("posix", f"'{python}' ")):
-            with self.subTest(name), mock.patch("os.name", name):
-                with mock.patch("sys.executable", python):
-                    shown = gpt_image2.recover_command(job)
-                self.assertEqual(shown[: len(start)], start)
-                self.assertTrue(shown.endswith(f" recover {job}"))
+        with mock.patch("os.name", "nt"), mock.patch("sys.executable", python):
+            shown = gpt_image2.recover_command("20261121T000000Z-0123456789ab")
+        self.assertRegex(
+            shown, rf'^"{re.escape(python)}" .* recover 20261121T000000Z-0123456789ab$'
+        )
 
     def test_a_key_command_keeps_its_backslashes(self) -> None:
         for text, words in (
@@ -186,60 +163,49 @@ class TestWindowsWords(Case):
 class TestUtf8(Case):
     """stdout, stderr and the request are UTF-8, whatever the locale or the code page."""
 
-    NAME = "ä-狐-🦊.png"
-    PLACES = (
-        {"PYTHONIOENCODING": "cp1252"},
-        {"PYTHONIOENCODING": "cp437:strict"},
-        {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"},
-        {"LC_ALL": "C"},
-        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-        {"LC_ALL": "POSIX", "PYTHONIOENCODING": "utf-16"},
-    )
-
     def test_lines_messages_and_prompts(self) -> None:
-        words = ("generate", "ein Fuchs: 狐", "-o", self.NAME)
-        for place in self.PLACES:
+        name = "ä-狐-🦊.png"
+        for place in (
+            {"PYTHONIOENCODING": "cp1252"},
+            {"PYTHONIOENCODING": "cp437:strict"},
+            {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"},
+            {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+            {"LC_ALL": "POSIX", "PYTHONIOENCODING": "utf-16"},
+        ):
             with self.subTest(place):
                 api = self.serve_base(answer(FOX))
+                words = ("generate", "ein Fuchs: 狐", "-o", name, "--size", "1024x1024", "--force")
                 run = self.check(self.run_tool(*words, env=place), 0)
-                self.assertIn(f"Saved: {self.work / self.NAME} (".encode(), run.raw_out)
-                self.assertEqual(self.listing(), [self.NAME])
+                self.assertIn(f"Saved: {self.work / name} (".encode(), run.raw_out)
+                self.assertIn(name, run.err, "it is no 1024x1024")
+                self.assertEqual(self.listing(), [name])
                 self.assertEqual(api.posts[0].json["prompt"], "ein Fuchs: 狐")
-                run = self.check(self.run_tool(*words, env=place), 2)
-                self.assertIn(f"{self.NAME} exists", run.err)
-                (self.work / self.NAME).unlink()
 
     def test_a_name_that_is_not_utf_8(self) -> None:
         name = os.fsdecode(b"f\xff\xe9x.png")
-        self.serve_base(answer(FOX), answer(FOX))
-        run = self.check(self.run_tool("generate", "a fox", "-o", name), 0)
-        self.assertIn(b"/f\xff\xe9x.png (", run.raw_out)
-        self.assertEqual(run.saved[0].read_bytes(), FOX)
-        run = self.run_tool("generate", "a fox", "-o", name, "--force", "--json")
-        self.assertEqual(Path(run.json["images"][0]["path"]).read_bytes(), FOX)
+        for options in ([], ["--force", "--json"]):
+            self.serve_base(answer(FOX))
+            run = self.check(self.run_tool("generate", "a fox", "-o", name, *options), 0)
+            (path,) = map(Path, [i["path"] for i in run.json["images"]] if options else run.saved)
+            self.assertEqual((path.name, path.read_bytes()), (name, FOX))
 
 
 # What stands in for Windows: put before the tool starts, as sitecustomize.py.
 BARE_SYSTEM = """
-import os, shutil, signal, sys
+import glob, os, shutil, signal, sys
 
 sys.modules["fcntl"] = None
-for owner, names in (
-    (os, "link getuid geteuid getgid getegid O_NOFOLLOW O_DIRECTORY O_NONBLOCK fork kill killpg "
-         "setsid getpgid fchmod chown sync pread pwrite mkfifo uname"),
-    (signal, "SIGHUP SIGUSR1 SIGUSR2 SIGALRM SIGWINCH SIGTSTP SIGCONT SIGQUIT setitimer alarm"),
-):
-    for name in names.split():
-        if hasattr(owner, name):
-            delattr(owner, name)
+for name in ("link getuid geteuid getgid getegid O_NOFOLLOW O_DIRECTORY O_NONBLOCK fork kill "
+             "killpg setsid getpgid fchmod chown sync pread pwrite mkfifo uname").split():
+    vars(os).pop(name, None)
+for name in "SIGHUP SIGUSR1 SIGUSR2 SIGALRM SIGWINCH SIGTSTP SIGCONT SIGQUIT setitimer".split():
+    vars(signal).pop(name, None)
 
 def in_use(path):
-    path = os.path.realpath(path)
-    for process in filter(str.isdigit, os.listdir("/proc")):
+    for handle in glob.glob("/proc/[0-9]*/fd/*"):
         try:
-            for handle in os.listdir(f"/proc/{process}/fd"):
-                if os.readlink(f"/proc/{process}/fd/{handle}") == path:
-                    return True
+            if os.readlink(handle) == os.path.realpath(path):
+                return True
         except OSError:
             pass
     return False
@@ -282,19 +248,23 @@ class TestBareSystem(Case):
         return run
 
     def test_commands(self) -> None:
-        (self.work / "a b.png").write_bytes(png(1024, 768))
-        self.well("generate", "a fox", "--sandbox", "-o", "fox.png", "--n", "2")
-        self.well("generate", "a fox", "--sandbox", "-o", "fox-1.png", "--force", "--sidecar")
-        edit = ("edit", "a b.png", "winter", "--mask-box", "1,1,50,50")
-        self.well(*edit, "--sandbox", "-o", "w.png")
-        names = ["a b.png", "fox-1.png", "fox-1.png.json", "fox-2.png", "w.png"]
-        self.assertEqual(self.listing(), names)
+        (self.work / "a.png").write_bytes(png(1024, 768))
         self.serve_base(answer(FOX))
-        self.well("generate", "a fox")
-        self.assertIn("1", self.well("history").out)
-        for words in ("history --clear", "config --init", "config --init --profile nodekey"):
-            self.well(*words.split())
-        self.assertIn("nodekey", self.well("config", "--show").out)
+        for words in (
+            "generate fox --sandbox -o fox.png --n 2",
+            "generate fox --sandbox -o fox-1.png --force --sidecar",
+            "edit a.png winter --mask-box 1,1,50,50 --sandbox -o w.png",
+            "generate fox -o mine.png",
+            "history",
+            "history --clear",
+            "config --init",
+            "config --init --profile nodekey",
+            "config --show",
+        ):
+            run = self.well(*words.split())
+        self.assertIn("nodekey", run.out)
+        names = ["a.png", "fox-1.png", "fox-1.png.json", "fox-2.png", "mine.png", "w.png"]
+        self.assertEqual(self.listing(), names)
 
     def test_one_batch_at_a_time_and_twice_in_a_row(self) -> None:
         (self.work / "jobs.txt").write_text("a fox\na hen\n")
