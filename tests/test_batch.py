@@ -135,14 +135,18 @@ class Lines(BatchCase):
         self.assertEqual(self.post_of("p0").json, plain)
 
     def test_the_lines_word_beats_option_and_config(self) -> None:
-        self.configure(quality="medium", size="1024x1536", model="gpt-image-1.5")
-        self.write({"prompt": "a", "size": "1024x1024"}, {"prompt": "b", "model": "gpt-image-2"})
+        self.configure(quality="medium", size="1024x1536", model="gpt-image-1.5", format="png")
+        self.write(
+            {"prompt": "a", "size": "1024x1024", "format": "webp"},
+            {"prompt": "b", "model": "gpt-image-2", "output": "b.webp"},
+        )
         self.batch(*LOW, "--param", "seed=1")
         for prompt, model, size in (
             ("a", "gpt-image-1.5", "1024x1024"),
             ("b", "gpt-image-2", "1024x1536"),
         ):
-            fields = {"prompt": prompt, "model": model, "size": size, "quality": "low", "seed": 1}
+            options = {"quality": "low", "seed": 1, "output_format": "webp"}
+            fields = {"prompt": prompt, "model": model, "size": size, **options}
             self.assertEqual(self.post_of(prompt).json, fields)
 
     def test_edits_each_with_its_own_pictures(self) -> None:
@@ -309,12 +313,15 @@ class BadLines(BatchCase):
     def test_an_output_that_exists(self) -> None:
         self.folder.mkdir()
         (self.folder / "fox.png").write_bytes(b"mine")
-        self.write({"prompt": "a"}, {"prompt": "b", "output": "fox.png"})
-        told = self.faults(self.refused())
-        self.assertEqual(list(told), [2])
+        (self.folder / "owl.png.json").write_bytes(b"mine")
+        outputs = ({"prompt": name, "output": f"{name}.png"} for name in ("fox", "owl"))
+        self.write({"prompt": "a"}, *outputs)
+        told = self.faults(self.refused("--sidecar"))
+        self.assertEqual(list(told), [2, 3])
         self.assertRegex(told[2], "fox.png exists.*--force")
+        self.assertEqual(list(self.faults(self.refused())), [2])
         self.batch("--force")
-        self.check_pictures(**{"0001": "a", "fox": "b"})
+        self.check_pictures(**{"0001": "a", "fox": "fox", "owl": "owl"})
 
     def test_the_command_lines_options_are_checked_too(self) -> None:
         self.prompts("a")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import resource
 import shutil
 import signal
 import threading
-from typing import Iterator
+from typing import Any, Iterator
 from unittest import mock
 
 from tests.batches import (
@@ -371,9 +372,11 @@ class Killed(ResumeCase):
                 shutil.rmtree(self.folder)
 
     def test_and_the_answers_come_while_nobody_looks(self) -> None:
+        """They are brought in before anything is sent."""
         self.killed_before_its_answers("a", "b")
-        self.prompts("a", "b", "c")
-        self.again(sends=1, saves=3)
+        self.prompts("c", "a", "b")
+        run = self.again(*ONE, sends=1, saves=3)
+        self.assertEqual([path.name for path in run.saved], ["0001.png", "0002.png", "0003.png"])
         self.check_done("a", "b", "c")
 
     def test_and_its_curls_too(self) -> None:
@@ -534,6 +537,27 @@ class Journals(ResumeCase):
             (self.folder / "results-1-of-2.jsonl").write_text(begun)
             self.batch("--shard", "2/2")
         self.assertEqual(self.posted(), ["b"])
+
+    def test_a_line_is_one_write(self) -> None:
+        """Many processes append to one history, and shards to the journals of a folder."""
+        writes: list[bytes] = []
+
+        class Appended(io.FileIO):
+            def write(self, data: Any) -> int:
+                writes.append(bytes(data))
+                return super().write(data)
+
+        def opened(file: Any, mode: str = "r", **options: Any) -> Any:
+            if mode == "a+b":
+                return Appended(file, mode, opener=options.get("opener"))
+            return open(file, mode, **options)
+
+        self.prompts("a", "b" * 9999)
+        with mock.patch("gpt_image2.open", opened, create=True):
+            self.batch()
+        history = self.state / "gpt-image-2" / "history.jsonl"
+        lines = history.read_bytes() + self.journal.read_bytes()
+        self.assertEqual(sorted(writes), sorted(lines.splitlines(keepends=True)))
 
     def fill(self, room: int) -> None:
         """Make a journal that can take so many bytes more."""
