@@ -55,8 +55,8 @@ class JobsFiles(BatchCase):
             ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"}', ["a", "b"]),
             ("b.json", b'\n [\n{"prompt": "a"},\n {"prompt":\n"b"}]', ["a", "b"]),
             ("c.prompts", "a fox\nzwei Füchse 🦊\n".encode(), ["a fox", "zwei Füchse 🦊"]),
-            ("d.txt", b'{"prompt": "a"}\n', ['{"prompt": "a"}']),  # text, whatever it begins with
-            ("e.TXT", b"[a, b]\nc\n", ["[a, b]", "c"]),
+            ("d.txt", b"[a, b]\nc\n", ["[a, b]", "c"]),  # text, whatever it begins with
+            ("e.TXT", b'{"prompt": "a"}\n', ['{"prompt": "a"}']),
             ("f.x", b"\xef\xbb\xbf\r\n  \na fox\r\n\n\t b \r\n", ["a fox", "b"]),
             ("g.x", b'\xef\xbb\xbf\n\n{"prompt": "c"}\r\n\n{"prompt": "d"}', ["c", "d"]),
             ("h.jsonl", json.dumps({"prompt": long}).encode(), [long]),
@@ -273,8 +273,6 @@ class BadLines(BatchCase):
             ({**a, "params": {"a..b": 1}}, "params"),
             ({**a, "output": 7}, "output"),
             ({**a, "output": "a\u202eb.png"}, "output|path|character"),
-            ({**room, "output": "../room.png"}, "room.png"),
-            ({**a, "output": "results.jsonl"}, "results.jsonl"),
             ({**a, "id": "a/b"}, "id 'a/b'"),
             ({**a, "id": ".hidden"}, "id"),
             ({**a, "id": "bi\u202edi"}, "bidi|character"),
@@ -322,6 +320,16 @@ class BadLines(BatchCase):
         self.assertEqual(list(self.faults(self.refused())), [2])
         self.batch("--force")
         self.check_pictures(**{"0001": "a", "fox": "fox", "owl": "owl"})
+
+    def test_what_not_even_force_writes_over(self) -> None:
+        """The batch's own files, an input picture, what another line writes."""
+        self.folder.mkdir()
+        for path in (self.work / "room.png", self.folder / "x.png"):
+            path.write_bytes(ROOM)
+        outputs = ("../jobs.jsonl", "results.jsonl", "../room.png", "x.png", "X.jpg")
+        lines = [{"prompt": "a", "images": ["room.png"], "output": name} for name in outputs]
+        self.write(*lines, {"prompt": "b", "images": ["jobs/x.png"]})
+        self.assertEqual(list(self.faults(self.refused("--force"))), [1, 2, 3, 5, 6])
 
     def test_the_command_lines_options_are_checked_too(self) -> None:
         self.prompts("a")
@@ -403,7 +411,7 @@ class Saving(BatchCase):
 
     def test_the_key_is_in_no_file_and_no_line(self) -> None:
         self.painter.order("a", refusal(400, "x", f"You sent {KEY}."))
-        self.prompts("a", f"my key is {KEY}")
+        self.prompts("a", f"my key is {KEY}", user=KEY)
         run = self.batch("--json", code=9)
         self.assertNotIn(KEY, run.out + run.err)
         (self.work / "jobs.jsonl").unlink()  # tearDown looks into all other files
@@ -795,6 +803,14 @@ class MaxCost(BatchCase):
             self.assertEqual(self.painter.seen, ["a", "b"])
         self.batch("--max-cost", "0.0205", *self.openai, code=9)
         self.assertEqual(self.painter.seen, ["a", "b", "c"], "but no more than once")
+
+    def test_counts_what_is_saved_in_part(self) -> None:
+        """A cost 0.0083, of two pictures one of which is broken; with b (0.0059) that is 0.0142."""
+        self.prompts("a", "b")
+        self.painter.order("a", answer(drawn("a"), b"no picture"))
+        for _ in range(2):
+            self.assertEqual(self.left("0.014"), "1")
+        self.assertEqual(self.painter.seen, ["a"])
 
     def test_auto_counts_as_high(self) -> None:
         self.prompts("a")

@@ -696,6 +696,9 @@ class Shards(ResumeCase):
         self.assertEqual(self.shard("2/2"), [])
         self.assertEqual(self.shard("1/2"), ["a"])
         self.again()
+        self.prompts("x", "y", *"abcd")
+        self.assertEqual(self.shard("2/2"), ["y"])
+        self.assertEqual(self.painted()["0008.png"], "y", "as 7 is for x, by another machine")
 
     def test_lines_that_are_the_same(self) -> None:
         self.prompts("a", "a", "a")
