@@ -478,8 +478,7 @@ class Said(BatchCase):
         for line in ("0002: .*No such size", "0003: .*Wrong key", "0004: "):
             self.assertRegex(run.err, f"(?m)^gpt-image2: {line}")
         self.assertRegex(run.err.splitlines()[-1], "^gpt-image2: 1 of 4 jobs are saved")
-        self.prompts("a")
-        self.assertEqual(self.batch("--quiet").err, "")
+        self.assertEqual(self.batch("--quiet", "--output-dir", "quiet").err, "")
 
     def test_documents(self) -> None:
         (self.work / "room.png").write_bytes(png(16, 16))

@@ -597,6 +597,7 @@ class Journals(ResumeCase):
         self.painter.order("a", self.journal.unlink)
         self.assertIn("results.jsonl", self.run_tool("batch", "jobs.jsonl", *ONE).err)
         self.assertEqual(len(self.jobs()), 1)
+        self.check(self.run_tool("recover", "--all"), 0)
         self.batch()
         self.assertEqual(self.posted(), ["a", "b"])
         self.check_done("a", "b")
