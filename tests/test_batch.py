@@ -55,8 +55,8 @@ class JobsFiles(BatchCase):
             ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"}', ["a", "b"]),
             ("b.json", b'\n [\n{"prompt": "a"},\n {"prompt":\n"b"}]', ["a", "b"]),
             ("c.prompts", "a fox\nzwei Füchse 🦊\n".encode(), ["a fox", "zwei Füchse 🦊"]),
-            ("d.txt", b'{"prompt": "a"}\n', ['{"prompt": "a"}']),  # text, whatever it begins with
-            ("e.TXT", b"[a, b]\nc\n", ["[a, b]", "c"]),
+            ("d.txt", b"[a, b]\nc\n", ["[a, b]", "c"]),  # text, whatever it begins with
+            ("e.TXT", b'{"prompt": "a"}\n', ['{"prompt": "a"}']),
             ("f.x", b"\xef\xbb\xbf\r\n  \na fox\r\n\n\t b \r\n", ["a fox", "b"]),
             ("g.x", b'\xef\xbb\xbf\n\n{"prompt": "c"}\r\n\n{"prompt": "d"}', ["c", "d"]),
             ("h.jsonl", json.dumps({"prompt": long}).encode(), [long]),
@@ -135,14 +135,18 @@ class Lines(BatchCase):
         self.assertEqual(self.post_of("p0").json, plain)
 
     def test_the_lines_word_beats_option_and_config(self) -> None:
-        self.configure(quality="medium", size="1024x1536", model="gpt-image-1.5")
-        self.write({"prompt": "a", "size": "1024x1024"}, {"prompt": "b", "model": "gpt-image-2"})
+        self.configure(quality="medium", size="1024x1536", model="gpt-image-1.5", format="png")
+        self.write(
+            {"prompt": "a", "size": "1024x1024", "format": "webp"},
+            {"prompt": "b", "model": "gpt-image-2", "output": "b.webp"},
+        )
         self.batch(*LOW, "--param", "seed=1")
         for prompt, model, size in (
             ("a", "gpt-image-1.5", "1024x1024"),
             ("b", "gpt-image-2", "1024x1536"),
         ):
-            fields = {"prompt": prompt, "model": model, "size": size, "quality": "low", "seed": 1}
+            options = {"quality": "low", "seed": 1, "output_format": "webp"}
+            fields = {"prompt": prompt, "model": model, "size": size, **options}
             self.assertEqual(self.post_of(prompt).json, fields)
 
     def test_edits_each_with_its_own_pictures(self) -> None:
@@ -269,8 +273,6 @@ class BadLines(BatchCase):
             ({**a, "params": {"a..b": 1}}, "params"),
             ({**a, "output": 7}, "output"),
             ({**a, "output": "a\u202eb.png"}, "output|path|character"),
-            ({**room, "output": "../room.png"}, "room.png"),
-            ({**a, "output": "results.jsonl"}, "results.jsonl"),
             ({**a, "id": "a/b"}, "id 'a/b'"),
             ({**a, "id": ".hidden"}, "id"),
             ({**a, "id": "bi\u202edi"}, "bidi|character"),
@@ -309,12 +311,25 @@ class BadLines(BatchCase):
     def test_an_output_that_exists(self) -> None:
         self.folder.mkdir()
         (self.folder / "fox.png").write_bytes(b"mine")
-        self.write({"prompt": "a"}, {"prompt": "b", "output": "fox.png"})
-        told = self.faults(self.refused())
-        self.assertEqual(list(told), [2])
+        (self.folder / "owl.png.json").write_bytes(b"mine")
+        outputs = ({"prompt": name, "output": f"{name}.png"} for name in ("fox", "owl"))
+        self.write({"prompt": "a"}, *outputs)
+        told = self.faults(self.refused("--sidecar"))
+        self.assertEqual(list(told), [2, 3])
         self.assertRegex(told[2], "fox.png exists.*--force")
+        self.assertEqual(list(self.faults(self.refused())), [2])
         self.batch("--force")
-        self.check_pictures(**{"0001": "a", "fox": "b"})
+        self.check_pictures(**{"0001": "a", "fox": "fox", "owl": "owl"})
+
+    def test_what_not_even_force_writes_over(self) -> None:
+        """The batch's own files, an input picture, what another line writes."""
+        self.folder.mkdir()
+        for path in (self.work / "room.png", self.folder / "x.png"):
+            path.write_bytes(ROOM)
+        outputs = ("../jobs.jsonl", "results.jsonl", "../room.png", "x.png", "X.jpg")
+        lines = [{"prompt": "a", "images": ["room.png"], "output": name} for name in outputs]
+        self.write(*lines, {"prompt": "b", "images": ["jobs/x.png"]})
+        self.assertEqual(list(self.faults(self.refused("--force"))), [1, 2, 3, 5, 6])
 
     def test_the_command_lines_options_are_checked_too(self) -> None:
         self.prompts("a")
@@ -396,7 +411,7 @@ class Saving(BatchCase):
 
     def test_the_key_is_in_no_file_and_no_line(self) -> None:
         self.painter.order("a", refusal(400, "x", f"You sent {KEY}."))
-        self.prompts("a", f"my key is {KEY}")
+        self.prompts("a", f"my key is {KEY}", user=KEY)
         run = self.batch("--json", code=9)
         self.assertNotIn(KEY, run.out + run.err)
         (self.work / "jobs.jsonl").unlink()  # tearDown looks into all other files
@@ -463,8 +478,7 @@ class Said(BatchCase):
         for line in ("0002: .*No such size", "0003: .*Wrong key", "0004: "):
             self.assertRegex(run.err, f"(?m)^gpt-image2: {line}")
         self.assertRegex(run.err.splitlines()[-1], "^gpt-image2: 1 of 4 jobs are saved")
-        self.prompts("a")
-        self.assertEqual(self.batch("--quiet").err, "")
+        self.assertEqual(self.batch("--quiet", "--output-dir", "quiet").err, "")
 
     def test_documents(self) -> None:
         (self.work / "room.png").write_bytes(png(16, 16))
@@ -788,6 +802,14 @@ class MaxCost(BatchCase):
             self.assertEqual(self.painter.seen, ["a", "b"])
         self.batch("--max-cost", "0.0205", *self.openai, code=9)
         self.assertEqual(self.painter.seen, ["a", "b", "c"], "but no more than once")
+
+    def test_counts_what_is_saved_in_part(self) -> None:
+        """A cost 0.0083, of two pictures one of which is broken; with b (0.0059) that is 0.0142."""
+        self.prompts("a", "b")
+        self.painter.order("a", answer(drawn("a"), b"no picture"))
+        for _ in range(2):
+            self.assertEqual(self.left("0.014"), "1")
+        self.assertEqual(self.painter.seen, ["a"])
 
     def test_auto_counts_as_high(self) -> None:
         self.prompts("a")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import resource
 import shutil
 import signal
 import threading
-from typing import Iterator
+from typing import Any, Iterator
 from unittest import mock
 
 from tests.batches import (
@@ -371,10 +372,12 @@ class Killed(ResumeCase):
                 shutil.rmtree(self.folder)
 
     def test_and_the_answers_come_while_nobody_looks(self) -> None:
+        """They are brought in before anything is sent."""
         self.killed_before_its_answers("a", "b")
-        self.prompts("a", "b", "c")
-        self.again(sends=1, saves=3)
-        self.check_done("a", "b", "c")
+        self.prompts("c", "a", "b")
+        run = self.again(*ONE, sends=1, saves=3)
+        self.assertEqual([path.name for path in run.saved], ["0001.png", "0002.png", "0004.png"])
+        self.check_pictures(**{"0001": "a", "0002": "b", "0004": "c"})
 
     def test_and_its_curls_too(self) -> None:
         tool, _ = self.under_way("a", "b")
@@ -535,6 +538,27 @@ class Journals(ResumeCase):
             self.batch("--shard", "2/2")
         self.assertEqual(self.posted(), ["b"])
 
+    def test_a_line_is_one_write(self) -> None:
+        """Many processes append to one history, and shards to the journals of a folder."""
+        writes: list[bytes] = []
+
+        class Appended(io.FileIO):
+            def write(self, data: Any) -> int:
+                writes.append(bytes(data))
+                return super().write(data)
+
+        def opened(file: Any, mode: str = "r", **options: Any) -> Any:
+            if mode == "a+b":
+                return Appended(file, mode, opener=options.get("opener"))
+            return open(file, mode, **options)
+
+        self.prompts("a", "b" * 9999)
+        with mock.patch("gpt_image2.open", opened, create=True):
+            self.batch()
+        history = self.state / "gpt-image-2" / "history.jsonl"
+        lines = history.read_bytes() + self.journal.read_bytes()
+        self.assertEqual(sorted(writes), sorted(lines.splitlines(keepends=True)))
+
     def fill(self, room: int) -> None:
         """Make a journal that can take so many bytes more."""
         self.folder.mkdir(exist_ok=True)
@@ -573,6 +597,7 @@ class Journals(ResumeCase):
         self.painter.order("a", self.journal.unlink)
         self.assertIn("results.jsonl", self.run_tool("batch", "jobs.jsonl", *ONE).err)
         self.assertEqual(len(self.jobs()), 1)
+        self.check(self.run_tool("recover", "--all"), 0)
         self.batch()
         self.assertEqual(self.posted(), ["a", "b"])
         self.check_done("a", "b")
@@ -672,6 +697,9 @@ class Shards(ResumeCase):
         self.assertEqual(self.shard("2/2"), [])
         self.assertEqual(self.shard("1/2"), ["a"])
         self.again()
+        self.prompts("x", "y", *"abcd")
+        self.assertEqual(self.shard("2/2"), ["y"])
+        self.assertEqual(self.painted()["0008.png"], "y", "as 7 is for x, by another machine")
 
     def test_lines_that_are_the_same(self) -> None:
         self.prompts("a", "a", "a")

@@ -326,13 +326,6 @@ class Lines(RecordCase):
         self.check(self.run_tool("edit", "a.png", "blue"), 0)
         self.assertEqual(self.entries()[1]["command"], "edit")
 
-    def test_many_at_once_append_whole_lines(self) -> None:
-        self.serve_base(otherwise=answer(PICTURE))
-        prompts = [f"{number} " + "fox" * 5000 for number in range(6)]
-        for child in [self.start_tool("generate", "-", stdin=prompt) for prompt in prompts]:
-            self.check(self.finish(child), 0)
-        self.assertEqual(sorted(line["prompt"] for line in self.entries()), sorted(prompts))
-
     def test_recover_writes_what_the_call_could_not(self) -> None:
         answered = threading.Event()
         api = self.serve_base(answer(PICTURE)._replace(before=answered))
