@@ -80,7 +80,7 @@ class Painter:
         if not isinstance(order, Reply):
             made = order()
             order = made if isinstance(made, Reply) else Reply()
-        if order.status != 200 or order.body or order.silent or order.reset:
+        if order.status != 200 or order.body or order.chunks or order.silent or order.reset:
             return order
         count = int(sent_fields(request).get("n", 1))
         labels = [f"{prompt}{again}"]

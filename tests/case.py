@@ -47,6 +47,9 @@ Child = subprocess.Popen  # the tool as a process of its own
 # A shell's `&` may have us ignore Ctrl-C, and so would each tool that a test starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# So may nohup have us ignore a hang-up; a handler keeps it from us alone.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 class Run(NamedTuple):
@@ -209,7 +212,7 @@ class Case(unittest.TestCase):
             self.fail(f"no end within {HANG:.0f} s\n{self.story(so_far)}")
         return Run(argv, child.wait(), out or b"", decoded(err or b""))
 
-    def hurry(self, times: int) -> None:
+    def hurry(self, times: float) -> None:
         """Let time go so many times as fast in every later run, which is a child then."""
         folder = self.new_folder("hurry")
         (folder / "sitecustomize.py").write_text(HURRY.format(times=times))

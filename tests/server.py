@@ -41,20 +41,14 @@ class Part(NamedTuple):
     headers: dict[str, str]
     body: bytes
 
-    @property
-    def text(self) -> str:
-        """The body as text."""
-        return self.body.decode()
-
 
 class Request(NamedTuple):
     """One request as it arrived; `headers` has lower-case names and joins repeated ones."""
 
     method: str
     target: str
-    header_list: list[tuple[str, str]]
     headers: dict[str, str]
-    body: bytes
+    body: bytes = b""
 
     @property
     def path(self) -> str:
@@ -74,7 +68,7 @@ class Request(NamedTuple):
     @property
     def fields(self) -> dict[str, str]:
         """The plain fields of a multipart body."""
-        return {part.name: part.text for part in self.parts if part.filename is None}
+        return {part.name: part.body.decode() for part in self.parts if part.filename is None}
 
     @property
     def uploads(self) -> list[Part]:
@@ -82,11 +76,10 @@ class Request(NamedTuple):
         return [part for part in self.parts if part.filename is not None]
 
     def __str__(self) -> str:
-        lines = [f"{name}: {value}" for name, value in self.header_list]
+        lines = [f"{name}: {value}" for name, value in self.headers.items()]
         body = repr(self.body[:1000]) + ("..." if len(self.body) > 1000 else "")
-        return "\n".join(
-            [f"{self.method} {self.target}", *lines, f"({len(self.body)} bytes) {body}"]
-        )
+        start = f"{self.method} {self.target}"
+        return "\n".join([start, *lines, f"({len(self.body)} bytes) {body}"])
 
 
 def parse_head(head: bytes) -> Request:
@@ -95,38 +88,28 @@ def parse_head(head: bytes) -> Request:
     start = re.fullmatch(r"([A-Z]+) (\S+) HTTP/1\.[01]", first)
     if not start:
         raise ValueError(f"not a request line: {first!r}")
-    pairs = parse_headers(lines)
-    return Request(start.group(1), start.group(2), pairs, header_dict(pairs), b"")
+    return Request(start[1], start[2], parse_headers(lines))
 
 
-def parse_headers(lines: list[str]) -> list[tuple[str, str]]:
-    """Return header lines as pairs."""
-    pairs = []
+def parse_headers(lines: list[str]) -> dict[str, str]:
+    """Return header lines by lower-case name; the values of a repeated one are joined."""
+    found: dict[str, str] = {}
     for line in lines:
         match = re.fullmatch(r"([!#-'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r\n\0]*?)[ \t]*", line)
         if not match:
             raise ValueError(f"not a header: {line!r}")
-        pairs.append((match.group(1), match.group(2)))
-    return pairs
-
-
-def header_dict(pairs: Headers) -> dict[str, str]:
-    """Return headers by lower-case name; the values of a repeated one are joined by commas."""
-    result: dict[str, str] = {}
-    for given, value in pairs:
-        name = given.lower()
-        result[name] = f"{result[name]}, {value}" if name in result else value
-    return result
+        name = match[1].lower()
+        found[name] = f"{found[name]}, {match[2]}" if name in found else match[2]
+    return found
 
 
 def parse_multipart(content_type: str, body: bytes) -> list[Part]:
     """Split a multipart/form-data body into its parts; every byte must be where RFC 7578 has it."""
-    match = re.fullmatch(
-        r"multipart/form-data; boundary=([0-9A-Za-z'()+_,./:=?-]{1,70})", content_type
-    )
+    boundary = r"multipart/form-data; boundary=([0-9A-Za-z'()+_,./:=?-]{1,70})"
+    match = re.fullmatch(boundary, content_type)
     if not match:
         raise ValueError(f"not multipart/form-data: {content_type!r}")
-    first, *pieces = (b"\r\n" + body).split(b"\r\n--" + match.group(1).encode())
+    first, *pieces = (b"\r\n" + body).split(b"\r\n--" + match[1].encode())
     if first or not pieces or pieces.pop() != b"--\r\n":
         raise ValueError("the multipart body doesn't start and end with its boundary")
     return [parse_part(piece) for piece in pieces]
@@ -137,12 +120,12 @@ def parse_part(piece: bytes) -> Part:
     head, blank, body = piece.partition(b"\r\n\r\n")
     if not head.startswith(b"\r\n") or not blank:
         raise ValueError(f"a part without a head: {piece[:80]!r}")
-    headers = header_dict(parse_headers(head.decode("utf-8", "surrogateescape").split("\r\n")[1:]))
+    headers = parse_headers(head.decode("utf-8", "surrogateescape").split("\r\n")[1:])
     disposition = headers.get("content-disposition", "")
     match = re.fullmatch(r'form-data; name="([^"]*)"(?:; filename="([^"]*)")?', disposition)
     if not match:
         raise ValueError(f"not a form field: {disposition!r}")
-    return Part(match.group(1), match.group(2), headers.get("content-type"), headers, body)
+    return Part(match[1], match[2], headers.get("content-type"), headers, body)
 
 
 # ---- What the server answers ------------------------------------------------------------------
@@ -157,52 +140,18 @@ class Reply(NamedTuple):
     status: int = 200
     body: bytes = b""
     headers: Headers = ()
-    before: threading.Event | None = None
-    """Answer only once this is set."""
+    before: threading.Event | None = None  # answer only once this is set
+    # Instead of `body`: bytes are sent as they come, an Event is waited for, a function called.
     chunks: Sequence[Chunk] = ()
-    """Instead of `body`: bytes are sent as they come, an Event is waited for, a function called."""
-    cut: int | None = None
-    """Send only so many bytes of the body, then close."""
-    silent: bool = False
-    """Close without a byte."""
+    cut: int | None = None  # send only so many bytes of the body, then close
+    silent: bool = False  # close without a byte
+    # End by a TCP reset: without a byte, or after what `cut`, `chunks` or `raw` say.
     reset: bool = False
-    """End by a TCP reset: without a byte, or after what `cut`, `chunks` or `raw` say."""
-    framing: str = "length"
-    """How the end is told: "length" (Content-Length), "chunked", or "close"."""
-    content_length: int | None = None
-    """A Content-Length other than the true one."""
+    framing: str = "length"  # how the end is told: "length" (Content-Length), "chunked", "close"
+    content_length: int | None = None  # other than the true one
+    # Send exactly this instead of status line, headers and body; `chunks` may follow it.
     raw: bytes | None = None
-    """Send exactly this instead of status line, headers and body; `chunks` may follow it."""
-    early: bool = False
-    """Answer a POST after its head, without reading its body."""
-
-
-def answer(
-    *pictures: bytes | str,
-    usage: Json | None = None,
-    style: str = "b64_json",
-    revised_prompt: str | None = None,
-    **extra: Any,
-) -> Reply:
-    """Return the images API's JSON: bytes go in as `style` says (STYLES), a string is a URL.
-
-    `usage` is OPENAI_USAGE unless given, and left out when {}; `extra` are more top-level fields.
-    """
-    data = [entry(picture, style) for picture in pictures]
-    if revised_prompt is not None:
-        data = [{**item, "revised_prompt": revised_prompt} for item in data]
-    document = {
-        "created": 1763694000,
-        "data": data,
-        "usage": OPENAI_USAGE if usage is None else usage,
-    }
-    return json_reply({**{name: value for name, value in document.items() if value != {}}, **extra})
-
-
-def entry(picture: bytes | str, style: str) -> dict[str, str]:
-    """Return one element of `data`."""
-    item = {"url": picture} if isinstance(picture, str) else STYLES[style](picture)
-    return {"b64_json": "", "url": "", "revised_prompt": "", **item} if style == "blanks" else item
+    early: bool = False  # answer a POST after its head, without reading its body
 
 
 def b64(data: bytes) -> str:
@@ -215,44 +164,71 @@ def data_url(data: bytes) -> str:
     return "data:image/png;base64," + b64(data)
 
 
+BLANKS = {"b64_json": "", "url": "", "revised_prompt": ""}  # new-api: what is not used is empty
 STYLES: dict[str, Callable[[bytes], dict[str, str]]] = {
-    "b64_json": lambda picture: {"b64_json": b64(picture)},
-    "data": lambda picture: {"b64_json": data_url(picture)},
-    "url": lambda picture: {"url": data_url(picture)},
-    "wrapped": lambda picture: {"b64_json": base64.encodebytes(picture).decode()},
-    "urlsafe": lambda picture: {"b64_json": base64.urlsafe_b64encode(picture).decode().rstrip("=")},
-    "blanks": lambda picture: {
-        "b64_json": b64(picture)
-    },  # new-api: unused fields are empty strings
+    "b64_json": lambda image: {"b64_json": b64(image)},
+    "data": lambda image: {"b64_json": data_url(image)},
+    "url": lambda image: {"url": data_url(image)},
+    "wrapped": lambda image: {"b64_json": base64.encodebytes(image).decode()},
+    "urlsafe": lambda image: {"b64_json": base64.urlsafe_b64encode(image).decode().rstrip("=")},
+    "blanks": lambda image: {**BLANKS, "b64_json": b64(image)},
 }
 
+TEXT_ONLY = {"text_tokens": 6, "image_tokens": 0}
+IMAGE_ONLY = {"image_tokens": 275, "text_tokens": 0}
 OPENAI_USAGE: Json = {  # $0.00828 at 5 and 30 dollars a million
     "input_tokens": 6,
-    "input_tokens_details": {"text_tokens": 6, "image_tokens": 0},
+    "input_tokens_details": TEXT_ONLY,
     "output_tokens": 275,
-    "output_tokens_details": {"image_tokens": 275, "text_tokens": 0},
+    "output_tokens_details": IMAGE_ONLY,
     "total_tokens": 281,
 }
-
 NODEKEY_USAGE: Json = {
     "prompt_tokens": 6,
     "completion_tokens": 275,
     "total_tokens": 281,
-    "prompt_tokens_details": {"text_tokens": 6, "image_tokens": 0, "cached_tokens": 0},
-    "completion_tokens_details": {"image_tokens": 275, "text_tokens": 0},
+    "prompt_tokens_details": {**TEXT_ONLY, "cached_tokens": 0},
+    "completion_tokens_details": IMAGE_ONLY,
     "input_tokens": 0,
     "output_tokens": 0,
 }
 
 
-def hk_answer(*pictures: bytes | str, **extra: Any) -> Reply:
+def entry(image: bytes | str, style: str) -> dict[str, str]:
+    """Return one element of `data`: a link for a string, bytes as the style says."""
+    if isinstance(image, str):
+        return {**(BLANKS if style == "blanks" else {}), "url": image}
+    return STYLES[style](image)
+
+
+def answer(
+    *images: bytes | str,
+    usage: Json | None = None,
+    style: str = "b64_json",
+    revised_prompt: str | None = None,
+    **extra: Any,
+) -> Reply:
+    """Return the images API's JSON; `usage` is OPENAI_USAGE unless given, left out when {}.
+
+    `extra` are more top-level fields.
+    """
+    more = {} if revised_prompt is None else {"revised_prompt": revised_prompt}
+    document = {
+        "created": 1763694000,
+        "data": [{**entry(image, style), **more} for image in images],
+        "usage": OPENAI_USAGE if usage is None else usage,
+    }
+    return json_reply({**{name: value for name, value in document.items() if value != {}}, **extra})
+
+
+def hk_answer(*images: bytes | str, **extra: Any) -> Reply:
     """Return OpenAI-HK's answer: URLs for strings, base64 with a data: prefix for bytes."""
-    return answer(*pictures, style="data", **extra)
+    return answer(*images, style="data", **extra)
 
 
-def nodekey_answer(*pictures: bytes | str, **extra: Any) -> Reply:
+def nodekey_answer(*images: bytes | str, **extra: Any) -> Reply:
     """Return NodeKey's answer: its own names in `usage`, empty strings for what is not used."""
-    return answer(*pictures, **{"style": "blanks", "usage": NODEKEY_USAGE, **extra})
+    return answer(*images, **{"style": "blanks", "usage": NODEKEY_USAGE, **extra})
 
 
 def models(*names: str) -> Reply:
@@ -262,12 +238,7 @@ def models(*names: str) -> Reply:
 
 
 def refusal(
-    status: int,
-    code: str | int | None,
-    message: str,
-    *,
-    headers: Headers = (),
-    **fields: Any,
+    status: int, code: str | int | None, message: str, *, headers: Headers = (), **fields: Any
 ) -> Reply:
     """Return an error as OpenAI phrases it; `fields` (type, param ...) change or add to it."""
     error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
@@ -276,8 +247,8 @@ def refusal(
 
 def json_reply(value: Any, status: int = 200, headers: Headers = ()) -> Reply:
     """Return any JSON."""
-    body = json.dumps(value).encode()
-    return Reply(status, body, [("Content-Type", "application/json"), *headers])
+    typed = [("Content-Type", "application/json"), *headers]
+    return Reply(status, json.dumps(value).encode(), typed)
 
 
 def page(status: int, text: str, headers: Headers = ()) -> Reply:
@@ -292,9 +263,8 @@ def event_stream(*events: Json | str | Chunk, headers: Headers = ()) -> Reply:
     A mapping is one event (its "type" becomes the `event:` line), a string one event with that
     text as data ("[DONE]"); bytes, Events and functions are chunks of a Reply.
     """
-    chunks = [sse(event) for event in events]
-    content_type = ("Content-Type", "text/event-stream; charset=utf-8")
-    return Reply(headers=[content_type, *headers], chunks=chunks, framing="chunked")
+    typed = [("Content-Type", "text/event-stream; charset=utf-8"), *headers]
+    return Reply(headers=typed, chunks=[sse(event) for event in events], framing="chunked")
 
 
 def sse(event: Json | str | Chunk) -> Chunk:
@@ -307,25 +277,19 @@ def sse(event: Json | str | Chunk) -> Chunk:
     return event
 
 
-def partial_event(picture: bytes, index: int = 0, *, kind: str = "image_generation") -> Json:
+def partial_event(image: bytes, index: int = 0, *, kind: str = "image_generation") -> Json:
     """Return the event that carries a preview; `kind` may be "image_edit"."""
-    fields = {"b64_json": b64(picture), "partial_image_index": index, "created_at": 1763694000}
+    fields = {"b64_json": b64(image), "partial_image_index": index, "created_at": 1763694000}
     return {"type": f"{kind}.partial_image", **fields}
 
 
 def completed_event(
-    picture: bytes,
-    *,
-    kind: str = "image_generation",
-    usage: Json | None = None,
+    image: bytes, *, kind: str = "image_generation", usage: Json | None = None
 ) -> Json:
-    """Return the event that carries a finished picture."""
-    fields = {"b64_json": b64(picture), "created_at": 1763694000}
-    return {
-        "type": f"{kind}.completed",
-        **fields,
-        "usage": OPENAI_USAGE if usage is None else usage,
-    }
+    """Return the event that carries a finished image."""
+    fields = {"b64_json": b64(image), "created_at": 1763694000}
+    told = OPENAI_USAGE if usage is None else usage
+    return {"type": f"{kind}.completed", **fields, "usage": told}
 
 
 def in_pieces(reply: Reply, size: int) -> Reply:
@@ -344,7 +308,7 @@ def ranged(body: bytes, *, cut: int | None = None) -> Callable[[Request], Reply]
 
     def reply(request: Request) -> Reply:
         match = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
-        start = int(match.group(1)) if match else 0
+        start = int(match[1]) if match else 0
         if start >= len(body):
             return Reply(416, b"", [("Content-Range", f"bytes */{len(body)}")])
         span = ("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -364,7 +328,17 @@ def wire(reply: Reply) -> Iterator[Chunk]:
         yield from reply.chunks
         return
     yield reply_head(reply)
-    yield from body_chunks(reply)
+    left = sys.maxsize if reply.cut is None else reply.cut
+    for chunk in reply.chunks or [reply.body]:
+        if left <= 0:
+            return
+        if not isinstance(chunk, bytes):
+            yield chunk
+            continue
+        piece = chunk[:left]
+        left -= len(piece)
+        chunked = reply.framing == "chunked" and piece  # an empty chunk would be the last
+        yield b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
     if reply.framing == "chunked" and reply.cut is None:
         yield b"0\r\n\r\n"
 
@@ -381,21 +355,6 @@ def reply_head(reply: Reply) -> bytes:
     if reply.framing == "chunked":
         lines.append("Transfer-Encoding: chunked")
     return "\r\n".join([*lines, "Connection: close", "", ""]).encode("utf-8", "surrogateescape")
-
-
-def body_chunks(reply: Reply) -> Iterator[Chunk]:
-    """Yield the body's chunks, framed, up to where it is cut."""
-    left = sys.maxsize if reply.cut is None else reply.cut
-    for chunk in reply.chunks or [reply.body]:
-        if left <= 0:
-            return
-        if not isinstance(chunk, bytes):
-            yield chunk
-            continue
-        piece = chunk[:left]
-        left -= len(piece)
-        chunked = reply.framing == "chunked" and piece  # an empty chunk would be the last
-        yield b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
 
 
 # ---- The server -------------------------------------------------------------------------------
@@ -416,14 +375,9 @@ class Api:
     key = KEY
 
     def __init__(
-        self,
-        *replies: Script,
-        strict: bool = True,
-        otherwise: Script | None = None,
+        self, *replies: Script, strict: bool = True, otherwise: Script | None = None
     ) -> None:
-        self.script = deque(replies)
-        self.otherwise = otherwise
-        self.strict = strict
+        self.script, self.otherwise, self.strict = deque(replies), otherwise, strict
         self.files: dict[str, Script | list[Script]] = {}
         self.requests: list[Request] = []
         self.incomplete: list[Request] = []  # whose client left before the body was whole
@@ -453,11 +407,11 @@ class Api:
         """The GET requests so far."""
         return [request for request in self.requests if request.method == "GET"]
 
-    def wait_for_request(self, n: int = 1, timeout: float = 20) -> Request:
+    def wait_for_request(self, n: int = 1) -> Request:
         """Return the n-th request (from 1) as soon as it has arrived whole, mostly unanswered."""
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self.requests) >= n, timeout):
-                raise AssertionError(f"no request {n} within {timeout} s\n{self}")
+            if not self._changed.wait_for(lambda: len(self.requests) >= n, PATIENCE):
+                raise AssertionError(f"no request {n} within {PATIENCE} s\n{self}")
             return self.requests[n - 1]
 
     def put(self, path: str, script: Script | bytes) -> str:
@@ -515,7 +469,7 @@ class Api:
         except OSError:
             pass  # the client is gone, or the test is over
         except Exception:  # noqa: BLE001  whatever it is, the test shall fail by it
-            self._fault(traceback.format_exc())
+            self.faults.append(traceback.format_exc())
         finally:
             with self._changed:
                 self._sockets.discard(connection)
@@ -527,36 +481,37 @@ class Api:
         if head is None:
             return
         request = parse_head(head)
-        script = self._early_script(request)
+        script = self._taken(request, early=True)
         if script is None:
             body = read_body(connection, reader, request)
             request = request._replace(body=body)
             if len(body) < int(request.headers.get("content-length", 0)):
                 self.incomplete.append(request)
                 return
-            script = self._recorded(request)
-        reply = self._asked(script, request)
+            script = self._taken(request)
+        reply = script if isinstance(script, Reply) else self._called(script, request)
         self._deliver(connection, reply._replace(cut=0) if request.method == "HEAD" else reply)
         if reply.reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return
         connection.shutdown(socket.SHUT_WR)
-        self._drain(reader, request, reply)
+        tail = b""  # until the client closes, so that no reset eats the answer; it may send no more
+        while piece := reader.read(65536):
+            tail = tail or piece[:80]
+        if tail and not reply.early:
+            self.faults.append(f"sent after the end of {request.method}: {tail!r}")
 
-    def _asked(self, script: Script, request: Request) -> Reply:
-        """Return the reply of a script; a failing function is a fault and answers with silence."""
-        if isinstance(script, Reply):
-            return script
+    def _called(self, script: Any, request: Request) -> Reply:
+        """Return what a function answers; a failing one is a fault and answers with silence."""
         try:
-            return script(request)
+            reply: Reply = script(request)
+            return reply
         except Exception:  # noqa: BLE001  an OSError of the test's is not the client's
-            self._fault(traceback.format_exc())
+            self.faults.append(traceback.format_exc())
             return Reply(silent=True)
 
     def _deliver(self, connection: socket.socket, reply: Reply) -> None:
-        if reply.before:
-            self._wait(reply.before)
-        for chunk in wire(reply):
+        for chunk in [*([reply.before] if reply.before else []), *wire(reply)]:
             if isinstance(chunk, bytes):
                 connection.sendall(chunk)
             elif isinstance(chunk, threading.Event):
@@ -564,50 +519,33 @@ class Api:
             else:
                 chunk()
 
-    def _drain(self, reader: io.BufferedReader, request: Request, reply: Reply) -> None:
-        """Wait until the client closes, so that no reset eats the answer; it may send no more."""
-        tail = b""
-        while piece := reader.read(65536):
-            tail = tail or piece[:80]
-        if tail and not reply.early:
-            self._fault(f"sent after the end of {request.method} {request.target}: {tail!r}")
-
     def _wait(self, event: threading.Event) -> None:
         """Wait for an Event of the test's; a ConnectionAbortedError once the test is over."""
         with self._changed:
             self._held.append(event)
             over = self._closed
         if not over and not event.wait(PATIENCE):
-            self._fault(f"an event that a reply waits for was not set within {PATIENCE:.0f} s")
+            self.faults.append(f"an event that a reply waits for was not set in {PATIENCE:.0f} s")
         if self._closed:
             raise ConnectionAbortedError
 
-    # The script
-
-    def _early_script(self, request: Request) -> Script | None:
-        """Take the next reply if it is one that doesn't wait for the body."""
+    def _taken(self, request: Request, early: bool = False) -> Any:
+        """Record a request and return what answers it, in one step; `early`: only if the next
+        reply is one that doesn't wait for the body, else None."""
         with self._changed:
             following = self.script[0] if self.script and request.method == "POST" else None
-            if not isinstance(following, Reply) or not following.early:
+            if early and not (isinstance(following, Reply) and following.early):
                 return None
-            return self._note(request)
-
-    def _recorded(self, request: Request) -> Script:
-        with self._changed:
-            return self._note(request)
-
-    def _note(self, request: Request) -> Script:
-        """Record a request and return what answers it; both in one step, under the lock."""
-        self.requests.append(request)
-        self._changed.notify_all()
-        return self._next_post(request) if request.method == "POST" else self._file(request)
+            self.requests.append(request)
+            self._changed.notify_all()
+            return self._next_post(request) if request.method == "POST" else self._file(request)
 
     def _next_post(self, request: Request) -> Script:
         if self.script:
             return self.script.popleft()
         if self.otherwise is not None:
             return self.otherwise
-        self._fault(f"unscripted {request.method} {request.target}")
+        self.faults.append(f"unscripted {request.method} {request.target}")
         return refusal(400, "unscripted", "The test has no reply for this request.")
 
     def _file(self, request: Request) -> Script:
@@ -617,11 +555,8 @@ class Api:
         if script:
             return script.pop(0)
         if script is not None:
-            self._fault(f"no more replies for {request.method} {request.target}")
+            self.faults.append(f"no more replies for {request.method} {request.target}")
         return refusal(404, None, f"Nothing at {request.target}")
-
-    def _fault(self, text: str) -> None:
-        self.faults.append(text)
 
 
 def read_head(reader: io.BufferedReader) -> bytes | None:

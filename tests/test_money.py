@@ -187,6 +187,8 @@ class Estimates(Case):
             {
                 "-s 1024x1024": (7024, 30),  # auto counts as high
                 "-s 1024x1024 --quality auto": (7024, 30),
+                "-s 1024x1024 --quality xhigh": (7024, 30),
+                "-s 1024x1024 --quality max": (7024, 30),
                 "-s 1024x1024 --quality low --n 3": (3 * 196, 30),
                 # each preview is about 100 output tokens
                 "-s 1024x1024 --quality low --partial-images 2": (196 + 200, 30),

@@ -1,191 +1,75 @@
-"""What the program promises about itself: one file, the standard library, old Pythons and curls."""
+"""What the program promises about itself: one file, the standard library, Python 3.8."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-import unittest
-from typing import Iterator, Union
 
 from gpt_image2 import __version__, main
-from tests.pictures import read_png
-from tests.support import ROOT, SCRIPT, Case
+from tests.case import ROOT, SCRIPT, Case
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
-TREE = ast.parse(TEXT)
-
-LONGEST_FUNCTION = 60
+TREE = ast.parse(TEXT, feature_version=(3, 8))
 LIGHT_IMPORTS = {"_thread", "__future__", "json", "os", "re", "stat", "sys", "time", "typing"}
 WINDOWS_ONLY = {"msvcrt", "winreg"}
-# Python's, http.server's, and the private steps of a class, which its own docstring tells about.
-SPEAKING_NAMES = re.compile(r"__\w+__|do_[A-Z]+|log_message|_[a-z]\w+")
-
-# The options of curl 7.58 (January 2018) that are of use here, and nothing newer.
-OLD_OPTIONS = """
-    cacert capath compressed connect-timeout connect-to continue-at data
-    data-binary data-raw dump-header fail form form-string get globoff header http1.1 insecure
-    interface ipv4 ipv6 keepalive-time limit-rate location max-filesize max-redirs max-time netrc
-    no-buffer no-keepalive noproxy output proto proto-default proto-redir proxy proxy-header
-    proxy-user range referer request resolve retry show-error silent speed-limit speed-time stderr
-    tcp-nodelay tls-max tlsv1.2 url user user-agent verbose write-out
-"""
-
-Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
 
 
-def functions(tree: ast.AST = TREE) -> Iterator[Function]:
-    """Yield every function of the script."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node
-
-
-def called_name(call: ast.Call) -> str:
-    """Return the last word of what is called: `Popen` for subprocess.Popen(...)."""
-    if isinstance(call.func, ast.Attribute):
-        return call.func.attr
-    return call.func.id if isinstance(call.func, ast.Name) else ""
-
-
-def calls(name: str) -> list[ast.Call]:
-    """Return the calls of a function of this name."""
-    found = [node for node in ast.walk(TREE) if isinstance(node, ast.Call)]
-    return [call for call in found if called_name(call) == name]
-
-
-class TestSource(unittest.TestCase):
+class TestSource(Case):
     """The text of the script."""
 
-    def imports(self) -> set[str]:
-        """Return the top-level names of all imported modules."""
-        names = set()
+    def test_imports_the_standard_library_only_and_little_at_first(self) -> None:
+        library = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib"))
         for node in ast.walk(TREE):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 self.assertEqual(node.level, 0, "a relative import")
-                names.add(node.module or "")
-        return {name.partition(".")[0] for name in names}
+                names = [node.module or ""]
+            for name in {name.partition(".")[0] for name in names}:
+                with self.subTest(name):
+                    if node in TREE.body:
+                        self.assertIn(name, LIGHT_IMPORTS)
+                    if name not in WINDOWS_ONLY and name not in sys.builtin_module_names:
+                        spec = importlib.util.find_spec(name)
+                        assert spec, "no such module"
+                        origin = spec.origin or ""
+                        at_home = origin.startswith(library) and "-packages" not in origin
+                        self.assertTrue(at_home or origin == "frozen", origin)
 
-    def test_imports_the_standard_library_only(self) -> None:
-        library = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib"))
-        known = {*WINDOWS_ONLY, *sys.builtin_module_names}
-        for name in sorted(self.imports() - known):
-            with self.subTest(name):
-                spec = importlib.util.find_spec(name)
-                assert spec, "no such module"
-                origin = spec.origin or ""
-                at_home = origin.startswith(library) and "-packages" not in origin
-                self.assertTrue(at_home or origin == "frozen", origin)
-
-    def test_starts_with_few_imports(self) -> None:
-        for node in TREE.body:
-            if isinstance(node, ast.Import):
-                self.assertLessEqual({alias.name for alias in node.names}, LIGHT_IMPORTS)
-            if isinstance(node, ast.ImportFrom):
-                self.assertIn(node.module, LIGHT_IMPORTS)
-
-    def test_is_the_only_module(self) -> None:
-        found = {path.name for path in ROOT.glob("*.py")}
-        packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-        self.assertEqual((found, packages), ({SCRIPT.name}, {"tests"}))
-
-    def test_parses_as_python_3_8(self) -> None:
-        ast.parse(TEXT, feature_version=(3, 8))
-
-    def test_no_function_is_long(self) -> None:
-        for node in functions():
-            with self.subTest(node.name):
-                assert node.end_lineno
-                self.assertLessEqual(node.end_lineno - node.lineno + 1, LONGEST_FUNCTION)
-
-    def test_every_class_and_function_says_what_it_is(self) -> None:
-        inner = {child for node in functions() for child in functions(node) if child is not node}
-        told_outside = {node for node in inner if not SPEAKING_NAMES.fullmatch(node.name)}
-        classes = {node for node in ast.walk(TREE) if isinstance(node, ast.ClassDef)}
-        silent = [
-            f"{node.name}, line {node.lineno}"
-            for node in {*functions(), *classes} - told_outside
-            if not ast.get_docstring(node) and not SPEAKING_NAMES.fullmatch(node.name)
-        ]
-        self.assertEqual(silent, [])
-
-    def test_the_banners_are_the_map(self) -> None:
-        banners = re.findall(r"^#{80}\n# (.+)\n#{80}$", TEXT, re.MULTILINE)
-        docstring = ast.get_docstring(TREE) or ""
-        named = " ".join(docstring.split("\n\n")[-1].split()).partition(": ")[2]
-        self.assertEqual(re.split(", ", named.rstrip(".")), banners)
-
-
-class TestCurl(unittest.TestCase):
-    """The one door to curl."""
-
-    def options(self) -> set[str]:
-        """Return the options in curl's config: from curl_line("..."), and in literal bytes."""
-        found = set()
-        for call in calls("curl_line"):
-            option = call.args[0]
-            assert isinstance(option, ast.Constant), f"line {call.lineno}: not a literal"
-            found.add(str(option.value))
-        for node in ast.walk(TREE):
-            if isinstance(node, ast.Constant) and isinstance(node.value, bytes):
-                found |= self.literal_options(node.value)
-        return found
-
-    def literal_options(self, text: bytes) -> set[str]:
-        """Return the options of literal lines of config, such as `silent` or `max-time = %d`."""
-        lines = text.decode("latin-1").split("\n")
-        if len(lines) < 2 or lines.pop():
-            return set()
-        matches = [re.fullmatch(r"([a-z][a-z0-9.-]+)( = .+)?", line) for line in lines]
-        return {match[1] for match in matches if match}
-
-    def test_its_options_are_old(self) -> None:
-        options = self.options()
-        self.assertLessEqual({"url", "header", "max-time", "silent"}, options)
-        self.assertEqual(options - set(OLD_OPTIONS.split()), set())
-
-    def test_it_is_started_in_one_place(self) -> None:
-        self.assertEqual(len(calls("Popen")), 1)
-        for name in ("system", "popen", "spawnv", "execv", "execvp", "check_output", "check_call"):
-            self.assertEqual(calls(name), [], name)
+    def test_it_is_the_only_module(self) -> None:
+        self.assertEqual([path.name for path in ROOT.glob("*.py")], [SCRIPT.name])
 
     def test_no_shell_ever(self) -> None:
-        keywords = [node for node in ast.walk(TREE) if isinstance(node, ast.keyword)]
-        self.assertEqual([node.arg for node in keywords if node.arg == "shell"], [])
+        names = {node.attr for node in ast.walk(TREE) if isinstance(node, ast.Attribute)}
+        names |= {node.arg or "" for node in ast.walk(TREE) if isinstance(node, ast.keyword)}
+        self.assertIn("Popen", names)
+        self.assertEqual(
+            names & {"shell", "system", "popen", "getoutput", "getstatusoutput"}, set()
+        )
 
 
 class TestCopy(Case):
     """The single file, wherever it is copied and whatever it is called."""
 
     def test_a_link_to_a_copy_in_an_empty_folder(self) -> None:
-        folder, link = self._folder("alone"), self._folder("bin") / "paint"
+        folder, link = self.new_folder("alone"), self.new_folder("bin") / "paint"
         shutil.copy(SCRIPT, folder)
         link.symlink_to(folder / SCRIPT.name)
         command = [sys.executable, "-I", str(link), "generate", "a fox", "--sandbox", "-o", "a.png"]
-        done = subprocess.run(
-            command, capture_output=True, env=self.env, cwd=self.work, check=True, timeout=60
-        )
-        self.assertIn(f"Saved: {self.work / 'a.png'} (", done.stdout.decode())
-        self.assertEqual(read_png((self.work / "a.png").read_bytes()).width, 1024)
+        said = subprocess.check_output(command, env=self.env, cwd=self.work, stderr=subprocess.PIPE)
+        self.assertIn(f"Saved: {self.work / 'a.png'} (", said.decode())
+        self.assertEqual(sorted(os.listdir(folder)), [SCRIPT.name])
 
-    def test_it_can_be_executed(self) -> None:
+    def test_it_can_be_executed_and_tells_its_version(self) -> None:
         self.assertTrue(os.access(SCRIPT, os.X_OK))
         self.assertTrue(TEXT.startswith("#!/usr/bin/env python3\n"))
-
-    def test_version(self) -> None:
         run = self.check(self.run_tool("--version"), 0)
         self.assertEqual((run.out, run.err), (f"gpt-image2 {__version__}\n", ""))
         self.assertRegex(__version__, r"\A\d+\.\d+\.\d+\Z")
-        changes = ROOT / "CHANGELOG.md"
-        if changes.exists():
-            self.assertIn(__version__, changes.read_text(encoding="utf-8"))
 
     def test_main_is_the_console_script(self) -> None:
         project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
