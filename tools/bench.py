@@ -260,7 +260,7 @@ class Row(NamedTuple):
 
 def middle(runs: Sequence[Run], field: str = "seconds") -> float:
     """Return the median of one field of runs."""
-    return statistics.median(getattr(run, field) for run in runs)
+    return float(statistics.median(getattr(run, field) for run in runs))
 
 
 def ratio(figure: str, form: str, ours: list[Run], theirs: list[Run], limit: float) -> Row:
@@ -277,7 +277,7 @@ def start(lab: Lab) -> Iterator[Row]:
         text = f"{before}; compile(open({lab.script!r}, 'rb').read(), 'gpt_image2.py', 'exec')"
         commands = [*lab.forms[form], *words.split()], [lab.python, "-c", text]
         runs = lab.in_turn(lab.short, *map(Command, commands))
-        yield ratio(f"`{words}` / `{before}; compile(its text)`", form, *runs, 1.2)
+        yield ratio(f"`{words}` / `{before}; compile(its text)`", form, runs[0], runs[1], 1.2)
 
 
 def one(lab: Lab) -> Iterator[Row]:

@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Union
+from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.case import SCRIPT, clean_environment
@@ -126,7 +126,7 @@ class Deferred:
 class Storm:
     """A batch in a folder of its own, run again and again."""
 
-    def __init__(self, weather: Union[Plain, Deferred], seed: int, root: Path) -> None:
+    def __init__(self, weather: Plain | Deferred, seed: int, root: Path) -> None:
         self.weather, self.draw, self.root = weather, random.Random(seed), root
         self.env = clean_environment()
         for name in ("HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "TMPDIR"):
@@ -174,10 +174,12 @@ class Storm:
         end = time.monotonic() + draw.uniform(0.05, 0.5 + jobs / 500)
         requests = len(api.requests) + draw.randint(1, 5 + jobs // 10)
         size = size_of(self.journal) + draw.randint(1, 200 * jobs)
-        also = draw.choice(
-            (lambda: len(api.requests) >= requests, lambda: size_of(self.journal) >= size, bool)
+        kind = draw.choice(("time", "requests", "journal"))
+        return lambda: (
+            time.monotonic() >= end
+            or (kind == "requests" and len(api.requests) >= requests)
+            or (kind == "journal" and size_of(self.journal) >= size)
         )
-        return lambda: time.monotonic() >= end or also()
 
     def table(self, seconds: float) -> tuple[str, bool]:
         """Return what came of it as a Markdown table, and whether all is well."""
