@@ -10,9 +10,9 @@ the packages of this machine don't slow the start. "Installed" is what pip makes
 module with its bytecode and a launcher; "as a script" Python compiles the text at every start.
 
 What is compared runs in turn (A B A B ...), and a ratio is the median of the rounds' ratios. The
-first round doesn't count. Each run leaves the images on the disk and no answer. The server is a
-process of its own. The processes measured are started by a Python smaller than any of them: a
-peak of memory counts what stood there before the exec.
+first round doesn't count. Each run leaves the images on the disk and no answer. The processes
+measured are started by a Python smaller than any of them: a peak of memory counts what stood there
+before the exec.
 """
 
 from __future__ import annotations
@@ -85,15 +85,11 @@ class Answers(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def serve() -> None:
-    """Answer every request on 127.0.0.1 until standard input ends; the port goes to stdout."""
-    ThreadingHTTPServer.request_queue_size = 512
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    for name in ("one", "ten", "job"):
-        canned(name)
-    print(server.server_port, flush=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    sys.stdin.read()
+class Server(ThreadingHTTPServer):
+    """Answers every request on 127.0.0.1."""
+
+    daemon_threads = True
+    request_queue_size = 512
 
 
 # ---- Running and measuring --------------------------------------------------------------------
@@ -146,10 +142,15 @@ class Lab:
             (root / name).mkdir()
         self.out.mkdir(parents=True)
         self.forms = self.install()
-        self.server = helper([sys.executable, str(Path(__file__).resolve()), "--serve"], env)
-        self.url = f"http://127.0.0.1:{heard(self.server)}"
-        argv = [self.python, "-ISc", SPAWNER, str(root / "log.txt")]
-        self.spawner = helper(argv, env, self.work)
+        for name in ("one", "ten", "job"):
+            canned(name)
+        self.server = Server(("127.0.0.1", 0), Answers)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        argv, pipe = [self.python, "-ISc", SPAWNER, str(root / "log.txt")], subprocess.PIPE
+        self.spawner = subprocess.Popen(
+            argv, stdin=pipe, stdout=pipe, text=True, env=env, cwd=self.work
+        )
 
     def install(self) -> dict[str, list[str]]:
         """Make a venv, and in it what pip would; return the two ways to start the tool."""
@@ -166,9 +167,10 @@ class Lab:
         return {"installed": [str(launcher)], "as a script": [self.python, self.script]}
 
     def close(self) -> None:
-        """End the processes."""
-        for process in (self.spawner, self.server):
-            process.communicate()
+        """End the spawner and the server."""
+        self.spawner.communicate()
+        self.server.shutdown()
+        self.server.server_close()
 
     def run(self, command: Command) -> Run:
         """Run a command and check what it saved; out/ is empty before."""
@@ -178,7 +180,8 @@ class Lab:
         assert self.spawner.stdin
         self.spawner.stdin.write("\0".join(command.argv) + "\n")
         self.spawner.stdin.flush()
-        status, seconds, cpu, memory = map(float, heard(self.spawner).split())
+        assert self.spawner.stdout
+        status, seconds, cpu, memory = map(float, self.spawner.stdout.readline().split())
         sizes = [path.stat().st_size for path in self.out.iterdir()]
         saved = len(sizes) == command.images and all(size >= command.least for size in sizes)
         if status or (command.images and not saved):
@@ -221,21 +224,6 @@ class Lab:
         path.write_text("".join(f'{{"prompt": "job {number}"}}\n' for number in range(jobs)))
         url = ["--base-url", f"{self.url}/job/v1"]
         return Command([*self.forms[form], "batch", path.name, *url, *options])
-
-
-def helper(argv: list[str], env: dict[str, str], cwd: Path | None = None) -> subprocess.Popen[str]:
-    """Start a process that is talked to line by line."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env=env, cwd=cwd)
-
-
-def heard(process: subprocess.Popen[str]) -> str:
-    """Return the next line that a helper says."""
-    assert process.stdout
-    line = process.stdout.readline()
-    if not line:
-        sys.exit("a helper of the benchmark has ended")
-    return line.strip()
 
 
 # ---- The figures ------------------------------------------------------------------------------
@@ -346,10 +334,7 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MEASUREMENTS))
     parser.add_argument("--quick", action="store_true", help="few rounds")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        return serve()
     if not set(args.names) <= set(MEASUREMENTS):
         parser.error(f"choose from {', '.join(MEASUREMENTS)}")
     print("| figure | tool | measured | goal | |\n|---|---|---|---|---|")
@@ -363,7 +348,6 @@ def main() -> None:
         finally:
             lab.close()
     print(f"\n{around}")
-    return None
 
 
 if __name__ == "__main__":
