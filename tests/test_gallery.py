@@ -90,7 +90,7 @@ class Galleries(BatchCase):
 
     def test_everything_from_outside_is_escaped(self) -> None:
         nasty = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;{title}{{}}\n\x01🦊"
-        name = "a&b 'c' #1 100% {x} ä"
+        name = "a&amp; 'c' #1 100% {x} ä"
         jobs = [{"prompt": nasty, "id": name}, {"prompt": f"{nasty} 2", "output": f"{name}+.png"}]
         self.write(*jobs, name="<i>x&amp;.jsonl")
         self.batch(file="<i>x&amp;.jsonl")
