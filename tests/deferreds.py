@@ -10,7 +10,7 @@ import collections
 import json
 import re
 import threading
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, Optional, Tuple
 from urllib.parse import parse_qs, urlsplit
 
 from tests.pictures import png
@@ -37,6 +37,8 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 PAGE = 2  # batches on one page of the list
 
 Json = Dict[str, Any]
+Order = Tuple[Optional[Reply], bool, Optional["Hold"]]
+ORDINARY: Order = (None, True, None)
 
 
 def picture_of(prompt: str, k: int = 1) -> bytes:
@@ -81,17 +83,6 @@ class Hold:
         self.release.wait(PATIENCE)
 
 
-class Order(NamedTuple):
-    """What happens to one request: a reply of its own, and a hold before it.
-
-    `done` tells that what it asks for is done all the same, before the hold.
-    """
-
-    reply: Reply | None
-    done: bool
-    hold: Hold | None
-
-
 class BatchApi(Api):
     """The server; `result` says what becomes of each request of a batch, None for nothing."""
 
@@ -100,7 +91,7 @@ class BatchApi(Api):
         self.contents: dict[str, bytes] = {}
         self.batches: dict[str, Json] = {}
         self.good: dict[str, set[str]] = {}  # the custom_ids that an ended batch made
-        self.orders: dict[str, list[Order | None]] = collections.defaultdict(list)
+        self.orders: dict[str, list[Order]] = collections.defaultdict(list)
         self.always: Reply | None = None  # the answer to everything
         self.cut: int | None = None  # cut every download after so many bytes
         self.busy = threading.RLock()
@@ -115,15 +106,14 @@ class BatchApi(Api):
             return self.always
         what = f"{request.method} {re.sub('(batch|file)_[a-z0-9]+', 'ID', request.path)}"
         with self.busy:
-            order = self.orders[what].pop(0) if self.orders[what] else None
-        order = order or Order(None, True, None)
-        if order.hold and not order.done:
-            order.hold.wait()
+            own, done, hold = self.orders[what].pop(0) if self.orders[what] else ORDINARY
+        if hold and not done:
+            hold.wait()
         with self.busy:
-            reply = self.routed(what, request) if order.done or not order.reply else order.reply
-        if order.hold and order.done:
-            order.hold.wait()
-        return order.reply or reply
+            reply = self.routed(what, request) if done or not own else own
+        if hold and done:
+            hold.wait()
+        return own or reply
 
     def routed(self, what: str, request: Request) -> Reply:
         """Do what a request asks for."""
@@ -148,8 +138,7 @@ class BatchApi(Api):
             return refusal(400, "invalid_value", "Not a batch file.")
         name = f"file_{len(self.contents)}"
         self.contents[name] = part.body
-        told = {"id": name, "object": "file", "bytes": len(part.body), "created_at": 1763694000}
-        return json_reply({**told, "filename": part.filename, "purpose": "batch"})
+        return json_reply({"id": name, "object": "file", "purpose": "batch"})
 
     def create(self, asked: Json) -> Reply:
         """Make a batch of a file."""
@@ -190,10 +179,12 @@ class BatchApi(Api):
         skip: int = 0,
         times: int = 1,
     ) -> Hold:
-        """Let something happen to the next requests of a kind, after `skip` ordinary ones."""
+        """Let a reply or a hold come instead of what the next requests of a kind ask for.
+
+        With `done` it comes after that; `skip` ordinary requests come before.
+        """
         held = Hold()
-        order = Order(reply, done, held if hold else None)
-        self.orders[what] += [*[None] * skip, *[order] * times]
+        self.orders[what] += [*[ORDINARY] * skip, *[(reply, done, held if hold else None)] * times]
         return held
 
     def asked(self, what: str) -> list[Request]:
@@ -217,7 +208,7 @@ class BatchApi(Api):
         for found in (self.batches, self.contents, self.good, self.orders):
             found.clear()
 
-    def lines(self, name: str = "batch_0") -> List[Json]:
+    def lines(self, name: str = "batch_0") -> list[Json]:
         """Return the requests of a batch."""
         text = self.contents[self.batches[name]["input_file_id"]].decode()
         return [json.loads(line) for line in text.splitlines()]

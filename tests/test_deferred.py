@@ -7,7 +7,6 @@ import collections
 import contextlib
 import gzip
 import json
-import os
 import random
 import re
 import shutil
@@ -129,10 +128,6 @@ class DeferredCase(SystemCase):
         """Return the command line of the batch, deferred."""
         return ["batch", "jobs.jsonl", "--provider", "openai", "--deferred", *argv]
 
-    def begin(self, *argv: str) -> Child[bytes]:
-        """Start the batch, deferred, as a child."""
-        return self.start_tool(*self.words(*argv))
-
     def batch(self, *argv: str, code: int | None = 0) -> Run:
         """Run the batch, deferred (None: the code doesn't matter); stdout has only its lines."""
         run = self.run_tool(*self.words(*argv))
@@ -164,7 +159,7 @@ class DeferredCase(SystemCase):
         """Start the batch as a child, and wait until a request is held, as order() has it."""
         held = self.api.order(what, hold=True, **order)
         self.addCleanup(held.release.set)
-        tool = self.begin(*argv)
+        tool = self.start_tool(*self.words(*argv))
         self.assertTrue(held.reached.wait(HANG), self.api)
         return tool, held
 
@@ -278,14 +273,6 @@ class Way(DeferredCase):
                 row = {"id": "batch_0", "status": status, "endpoint": endpoint, **counts}
                 self.assertEqual((told["ok"], told["deferred"]), (True, [row]))
 
-    def test_new_lines_go_into_a_batch_once_the_first_has_ended(self) -> None:
-        self.submitted(1)
-        self.submitted(2)
-        self.check_batches(generations=1)
-        self.settle()
-        self.assertEqual(self.api.prompts("batch_1"), ["job 2"])
-        self.check_pictures("job 1", "job 2")
-
     def test_lines_that_are_gone_or_changed_meanwhile(self) -> None:
         """What is saved, and under which name, is as it was when the jobs were submitted."""
         edit = {"prompt": "job 4", "images": ["in.png"], "id": "four"}
@@ -296,6 +283,8 @@ class Way(DeferredCase):
         self.assertEqual([line["body"].get("n") for line in self.api.lines()][:2], [2, None])
         self.write("job 3", {**changed, "prompt": "job 22"}, "job 7")
         (self.work / "in.png").unlink()
+        self.batch(code=None)
+        self.check_batches(generations=1, edits=1)
         self.api.end_all()
         self.batch(code=None)
         expected = {"0001-1": (1, 1), "0001-2": (1, 2), "two": (2, 1), "0003": (3, 1)}
@@ -304,7 +293,9 @@ class Way(DeferredCase):
         self.assertEqual(self.pictures(), pairs)
         self.settle()
         self.assertEqual(self.api.prompts("batch_2"), ["job 22", "job 7"])
-        self.assertEqual(set(self.pictures()) - set(pairs), {"two-2.png", "0007.png"})
+        found = self.pictures()
+        new = {found[name] for name in set(found) - set(pairs)}
+        self.assertEqual(new, {picture_of("job 22"), picture_of("job 7")})
 
 
 class Kills(DeferredCase):
@@ -327,29 +318,22 @@ class Kills(DeferredCase):
 
     def test_while_results_come(self) -> None:
         """The next run waits for the curl of a killed one: two in one file would spoil it."""
-        pictures = [large(picture_of(f"job {number}"), 150_000) for number in (1, 2)]
-        ends = {f"job_{k}": served({"b64_json": b64(pictures[k - 1])}) for k in (1, 2)}
-        ends["job_3"] = refused(500, "server_error", "Oops. " * 50_000)
-        for name in ("output_file_id", "error_file_id"):
-            with self.subTest(name):
-                self.fresh()
-                self.submitted(3)
-                self.api.result = answers(**ends)
-                self.api.end()
-                body, held = self.api.contents[self.api.batches["batch_0"][name]], Hold()
-                self.addCleanup(held.release.set)
-                chunks = (body[:200_000], held.reached.set, held.release, body[200_000:])
-                self.api.order(CONTENT, Reply(chunks=chunks), skip=int(name[0] == "e"))
-                tool = self.begin()
-                self.assertTrue(held.reached.wait(HANG), self.api)
-                tool.kill()
-                self.finish(tool)
-                self.api.result = made
-                with pauses(bool, held.release.set) as waits:
-                    self.settle()
-                self.assertGreater(len(waits), 1)
-                self.check_batches(generations=2)
-                self.assertEqual(list(self.pictures().values()), [*pictures, picture_of("job 3")])
+        picture, held = large(PICTURE, 150_000), Hold()
+        self.submitted(3)
+        self.api.result = lambda line: served({"b64_json": b64(picture)})
+        self.api.end()
+        body = self.api.contents["file_1"]
+        self.addCleanup(held.release.set)
+        chunks = (body[:200_000], held.reached.set, held.release, body[200_000:])
+        self.api.order(CONTENT, Reply(chunks=chunks))
+        tool = self.start_tool(*self.words())
+        self.assertTrue(held.reached.wait(HANG), self.api)
+        tool.kill()
+        self.finish(tool)
+        with pauses(bool, held.release.set) as waits:
+            self.batch()
+        self.assertGreater(len(waits), 1)
+        self.assertEqual(list(self.pictures().values()), [picture] * 3)
 
     def test_signals_in_a_create(self) -> None:
         self.numbered(2)
@@ -392,7 +376,7 @@ class Kills(DeferredCase):
                 self.api.result = answers(job_2=served({"url": link}), job_3=served({"url": link}))
                 self.submitted(4)
                 self.api.end()
-                tool = self.begin()
+                tool = self.start_tool(*self.words())
                 self.assertTrue(held.reached.wait(HANG), self.api)
                 tool.send_signal(number)
                 if number == signal.SIGINT:
@@ -439,10 +423,9 @@ class Uncertain(DeferredCase):
     def test_calls_that_fail_for_sure_leave_the_jobs_free(self) -> None:
         """An upload costs nothing, whatever comes of it."""
         cases = [(UPLOAD, reply, done) for reply in UNCLEAR.values() for done in (False, True)]
-        for reply in (json_reply({"id": "file:1/2"}), refusal(400, "invalid_file", "No.")):
-            cases.append((UPLOAD, reply, False))
-        for reply in (refusal(400, "billing_hard_limit_reached", "Limit."), BUSY):
-            cases.append((CREATE, reply, False))
+        cases += [(UPLOAD, json_reply({"id": "file:1/2"}), False)]
+        cases += [(UPLOAD, refusal(400, "invalid_file", "No."), False), (CREATE, BUSY, False)]
+        cases += [(CREATE, refusal(400, "billing_hard_limit_reached", "Limit."), False)]
         self.numbered(2)
         for what, reply, done in cases:
             with self.subTest(what, reply=reply.body, done=done):
@@ -455,12 +438,6 @@ class Uncertain(DeferredCase):
                 self.batch()
                 self.check_batches(generations=1)
                 self.assertEqual(self.api.prompts(), ["job 1", "job 2"])
-
-    def test_a_refused_create_of_one_of_two(self) -> None:
-        self.both_kinds()
-        self.api.order(CREATE, BUSY)
-        self.batch(code=6)
-        self.check_end()
 
     def test_a_look_that_fails_changes_nothing(self) -> None:
         self.submitted(2)
@@ -484,7 +461,7 @@ class Uncertain(DeferredCase):
         self.api.end()
         self.batch()
         self.numbered(2)
-        posts, before = len(self.api.posts), self.files()
+        posts, before = len(self.api.posts), (self.listing(), self.lines())
         for reply, word in (
             (page(404, "Not Found"), "/batches"),
             (refusal(404, "not_found", "Invalid URL (GET /v1/batches)"), "/batches"),
@@ -499,13 +476,9 @@ class Uncertain(DeferredCase):
                 run = self.batch(code=1 if word == "/batches" else 4)
                 self.assertIn(word, run.err)
                 self.assertEqual(len(run.err.splitlines()), 1)
-                self.assertEqual(self.files(), before)
+                self.assertEqual((self.listing(), self.lines()), before)
         self.assertEqual(len(self.api.posts), posts)
-
-    def files(self) -> dict[str, bytes]:
-        """Return all files in the work folder but locks."""
-        names = [name for name in self.listing() if not name.endswith(".lock")]
-        return {name: (self.work / name).read_bytes() for name in names}
+        self.check_states("saved")
 
 
 class Waiting(DeferredCase):
@@ -534,7 +507,7 @@ class Waiting(DeferredCase):
 
     def test_ctrl_c(self) -> None:
         self.numbered(2)
-        tool = self.begin("--wait")
+        tool = self.start_tool(*self.words("--wait"))
         self.hear(tool, "validating")
         tool.send_signal(signal.SIGINT)
         run = self.check(self.finish(tool), 130)
@@ -574,7 +547,7 @@ class Waiting(DeferredCase):
 
 
 class Ends(DeferredCase):
-    """What becomes of the jobs."""
+    """What becomes of the jobs, and of results that don't come or have no place."""
 
     def test_failures_are_told_apart(self) -> None:
         self.api.result = answers(
@@ -683,10 +656,6 @@ class Ends(DeferredCase):
                 self.batch(code=None)
                 self.assertEqual(self.api.prompts("batch_1"), ["job 3"])
 
-
-class Places(DeferredCase):
-    """Where results can't go, and files that don't come."""
-
     def test_a_file_in_the_place_of_a_folder(self) -> None:
         """Only what has a picture for it waits."""
         ends = (refused(400, "invalid_value"), lost("batch_expired", "Expired."), None)
@@ -786,22 +755,19 @@ class Limits(DeferredCase):
         """They share the output folder, not the state folder; each shard has its lock."""
         self.numbered(4)
         elsewhere = {"XDG_STATE_HOME": str(self.tmp / "other")}
-        for what in (UPLOAD, CREATE):
-            with self.subTest(what):
-                self.fresh()
-                first, held = self.held_at(what, "--shard", "1/2")
-                self.assertIn(str(first.pid), self.batch("--shard", "1/2", code=2).err)
-                self.assertIn(str(first.pid), self.at_once("--shard", "1/2", code=2).err)
-                self.check(self.run_tool(*self.words("--shard", "2/2"), env=elsewhere), 0)
-                held.release.set()
-                self.check(self.finish(first), 0)
-                found = sorted(self.api.prompts(name) for name in self.api.own())
-                self.assertEqual(found, [["job 1", "job 3"], ["job 2", "job 4"]])
-                self.api.end_all()
-                self.batch("--shard", "1/2")
-                self.check_pictures("job 1", "job 3")
-                self.check(self.run_tool(*self.words("--shard", "2/2"), env=elsewhere), 0)
-                self.check_pictures("job 1", "job 2", "job 3", "job 4")
+        first, held = self.held_at(CREATE, "--shard", "1/2")
+        self.assertIn(str(first.pid), self.batch("--shard", "1/2", code=2).err)
+        self.assertIn(str(first.pid), self.at_once("--shard", "1/2", code=2).err)
+        self.check(self.run_tool(*self.words("--shard", "2/2"), env=elsewhere), 0)
+        held.release.set()
+        self.check(self.finish(first), 0)
+        found = sorted(self.api.prompts(name) for name in self.api.own())
+        self.assertEqual(found, [["job 1", "job 3"], ["job 2", "job 4"]])
+        self.api.end_all()
+        self.batch("--shard", "1/2")
+        self.check_pictures("job 1", "job 3")
+        self.check(self.run_tool(*self.words("--shard", "2/2"), env=elsewhere), 0)
+        self.check_pictures("job 1", "job 2", "job 3", "job 4")
 
     def test_a_deferred_job_is_not_paid_for_beside_its_batch(self) -> None:
         self.submitted(2)
@@ -824,20 +790,6 @@ class Limits(DeferredCase):
         self.at_once()
         self.assertEqual(len(self.api.posts), posts)
 
-    def test_max_cost(self) -> None:
-        self.numbered(3)
-        price = float(self.at_once(*LOW, "--dry-run").out.rpartition("$")[2]) / 2
-        before = self.listing()
-        for limit in (price - 0.0011, 0.0001):
-            self.batch(*LOW, "--max-cost", f"{limit:.4f}", code=2)
-        self.assertEqual(self.api.posts, [])
-        self.assertEqual(self.listing(), before)
-        self.batch(*LOW, "--max-cost", f"{price + 0.0011:.4f}")
-        self.check_batches(generations=1)
-        self.api.end()
-        self.batch(*LOW, "--max-cost", "0.0001")  # it is paid; nothing new is asked for
-        self.check_pictures("job 1", "job 2", "job 3")
-
     def test_it_costs_half_wherever_it_is_told(self) -> None:
         self.numbered(2)
         full, half = (
@@ -846,10 +798,13 @@ class Limits(DeferredCase):
         )
         self.assertAlmostEqual(full / 2, half, delta=0.0001)
         self.assertEqual(self.api.requests, [])
-        self.batch(*LOW)
+        for limit in (half - 0.0011, 0.0001):
+            self.batch(*LOW, "--max-cost", f"{limit:.4f}", code=2)
+        self.assertEqual((self.api.posts, self.folder.exists()), ([], False))
+        self.batch(*LOW, "--max-cost", f"{half + 0.0011:.4f}")
         self.assertAlmostEqual(sum(line["estimate"] for line in self.lines()), half, delta=0.0001)
         self.api.end()
-        run = self.batch(*LOW, "--json")
+        run = self.batch(*LOW, "--json", "--max-cost", "0.0001")  # it is paid already
         self.assertIn("$0.0083", run.err)
         *jobs, told = [json.loads(line) for line in run.out.splitlines()]
         self.assertEqual([job["state"] for job in jobs], ["saved", "saved"])

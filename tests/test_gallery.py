@@ -5,49 +5,39 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from tests.batches import LOW, BatchCase, drawn
 from tests.pictures import jpeg
 from tests.server import answer, refusal
 
-VOID = {"meta", "img"}
-
 
 class Page(HTMLParser):
-    """Reads a page as a browser would: its tags, its addresses, and the text of each figure."""
+    """Reads a page as a browser would: its tags, and the texts of its head and of each figure."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags: set[str] = set()
-        self.names: set[str] = set()
-        self.images: list[dict[str, str]] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
         self.open: list[str] = []
-        self.links: list[str] = []
-        self.figures: list[str] = []
-        self.head = self.style = ""
+        self.texts = [""]
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {name: value or "" for name, value in attrs}
-        self.tags |= {tag, *(name for name in values if name.startswith("on"))}
-        self.open += [tag] if tag not in VOID else []
-        self.images += [values] if tag == "img" else []
-        self.figures += [""] if tag == "figure" else []
-        self.links += [values[name] for name in ("href", "src") if name in values]
-        self.names.add(values.get("id", ""))
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        self.open += [tag] if tag not in ("meta", "img") else []
+        self.texts += [""] if tag == "figure" else []
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag, f"</{tag}> in the wrong place"
 
     def handle_data(self, data: str) -> None:
-        if "style" in self.open:
-            self.style += data
-        elif "figure" in self.open:
-            self.figures[-1] += f"{data}\n"
-        else:
-            self.head += data
+        self.texts[-1] += f"{data}\n"
+
+    def values(self, name: str) -> list[str]:
+        """Return the values of an attribute, wherever it stands."""
+        return [values[name] for _, values in self.tags if name in values]
 
 
 class Galleries(BatchCase):
@@ -59,57 +49,56 @@ class Galleries(BatchCase):
         text = (base / "index.html").read_text(encoding="utf-8")
         page = Page(text)
         self.assertTrue(text.startswith("<!DOCTYPE html>"), text[:80])
-        tags = "html meta title style header h1 p a main figure img div figcaption span small"
-        self.assertLessEqual(page.tags, set(tags.split()))
-        self.assertNotRegex(page.style, r"url\(|@import")
+        words = "html meta title style header h1 p a main figure img div figcaption span small"
+        self.assertLessEqual({tag for tag, _ in page.tags}, set(words.split()))
+        self.assertFalse([n for _, values in page.tags for n in values if n.startswith("on")])
+        self.assertNotRegex(page.texts[0], r"url\(|@import")
         self.assertEqual(page.open, [])
-        for link in page.links:
+        for link in page.values("href") + page.values("src"):
             if link.startswith("#"):
-                self.assertIn(unquote(link[1:]), page.names)
+                self.assertIn(unquote(link[1:]), page.values("id"))
             else:
                 self.assertNotRegex(link, "^[a-z]+:|^//|[?#]")
                 self.assertTrue((base / unquote(link)).is_file(), link)
         return page
 
-    def check_shown(self, *names: str, folder: Path | None = None) -> None:
-        """Assert the file names of all pictures, in the order of the page."""
-        shown = [unquote(image["src"]) for image in self.page(folder).images]
-        self.assertEqual(shown, list(names))
+    def check_shown(self, *names: str, folder: Path | None = None) -> Page:
+        """Assert the file names of all pictures, in the order of the page, and return that."""
+        page = self.page(folder)
+        self.assertEqual(list(map(unquote, page.values("src"))), list(names))
+        return page
 
     def test_pictures_with_prompt_size_cost_and_seconds(self) -> None:
         self.write({"prompt": "a fox"}, {"prompt": "two", "n": 2, "id": "pair"})
         self.batch("--provider", "openai", *LOW)
-        self.check_shown("0001.png", "pair-1.png", "pair-2.png")
-        page = self.page()
-        self.assertEqual((page.images[0]["loading"], page.images[0]["alt"]), ("lazy", "a fox"))
-        self.assertRegex(page.figures[0], r"(?s)a fox.*0001 · 16x16 · \$0\.0083 · [0-9.]+ s")
-        self.assertRegex(page.head, r"(?s)jobs.*2 of 2 jobs saved")
+        page = self.check_shown("0001.png", "pair-1.png", "pair-2.png")
+        self.assertEqual(page.values("loading"), ["lazy"] * 3)
+        self.assertEqual(page.values("alt"), ["a fox", "two", "two"])
+        self.assertRegex(page.texts[1], r"(?s)a fox.*0001 · 16x16 · \$0\.0083 · [0-9.]+ s")
+        self.assertRegex(page.texts[0], r"(?s)jobs.*2 of 2 jobs saved")
 
     def test_failures_with_their_reason(self) -> None:
         self.prompts("fine", "bad", "lost")
         self.painter.order("bad", refusal(400, "x", "No <b>such</b> size."))
         self.painter.order("lost", refusal(500, "server_error", "Oops."))
         self.batch(code=9)
-        page = self.page()
-        self.assertEqual(len(page.images), 1)
-        self.assertRegex(page.figures[1], r"(?s)refused.*No <b>such</b> size.*bad.*0002")
-        self.assertRegex(page.figures[2], r"(?s)unknown.*Oops.*lost.*0003")
-        self.assertIn("1 of 3 jobs saved", page.head)
-        self.assertEqual([link for link in page.links if link[0] == "#"], ["#0002", "#0003"])
+        page = self.check_shown("0001.png")
+        self.assertRegex(page.texts[2], r"(?s)refused.*No <b>such</b> size.*bad.*0002")
+        self.assertRegex(page.texts[3], r"(?s)unknown.*Oops.*lost.*0003")
+        self.assertIn("1 of 3 jobs saved", page.texts[0])
+        self.assertEqual(page.values("href"), ["#0002", "#0003", "0001.png"])
 
     def test_everything_from_outside_is_escaped(self) -> None:
         nasty = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;{title}{{}}\n\x01🦊"
-        name = "a&b 'c' #1 100% {x} ä"
+        name = "a&amp; 'c' #1 100% {x} ä"
         jobs = [{"prompt": nasty, "id": name}, {"prompt": f"{nasty} 2", "output": f"{name}+.png"}]
         self.write(*jobs, name="<i>x&amp;.jsonl")
         self.batch(file="<i>x&amp;.jsonl")
         folder = self.work / "<i>x&amp;"
-        self.check_shown(f"{name}.png", f"{name}+.png", folder=folder)
-        page = self.page(folder)
-        self.assertEqual(page.images[0]["alt"], nasty)
-        self.assertIn(nasty, page.figures[0])
-        self.assertIn(f"\n{name} · ", page.figures[0])
-        self.assertIn("<i>x&amp;", page.head)
+        page = self.check_shown(f"{name}.png", f"{name}+.png", folder=folder)
+        self.assertEqual(page.values("alt"), [nasty, f"{nasty} 2"])
+        self.assertIn(f"{nasty}\n{name} · ", page.texts[1])
+        self.assertIn("<i>x&amp;", page.texts[0])
 
     def test_pictures_elsewhere_and_of_another_kind(self) -> None:
         self.painter.order("d", answer(jpeg(8, 8)))
@@ -138,8 +127,7 @@ class Galleries(BatchCase):
         self.prompts("a", "b", "c", "d")
         tool = self.start_tool("batch", "jobs.jsonl", "--concurrency", "2")
         self.hear(tool, "batch: 1 done, 0 failed, 3 left")
-        self.check_shown("0001.png")
-        self.assertIn("under way", self.page().figures[1])
+        self.assertIn("under way", self.check_shown("0001.png").texts[2])
         release.set()
         self.check(self.finish(tool), 0)
         self.check_shown("0001.png", "0002.png", "0003.png", "0004.png")
@@ -153,7 +141,7 @@ class Galleries(BatchCase):
     def test_a_journal_that_lies_breaks_nothing(self) -> None:
         self.prompts("a")
         self.batch()
-        odd = [
+        odd: list[dict[str, Any]] = [
             {"state": "saved", "images": [7], "number": 9},
             {"state": "saved", "images": {"a": 1}, "fields": [1]},
             {"state": "saved", "images": [{"path": 5}], "cost": 5, "seconds": "x"},
