@@ -1,38 +1,41 @@
-"""What the tests of batch share: a server that draws each prompt's own picture, and a case."""
+"""What the tests of batch share: a server that draws each prompt's own picture, a clock, a case."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import re
 import threading
 import time
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Iterator, Mapping, Union
+from unittest import mock
 
-from tests.faults import Stage
+from tests.case import Argument, Run, SystemCase
 from tests.pictures import png
-from tests.support import Argument, Reply, Request, Run, answer, refusal
+from tests.server import KEY, Reply, Request, answer, refusal
 
-POLICY = "moderation_blocked"
 LOW = ("--quality", "low")
+ONE = ("--concurrency", "1")
+NOT_THIS = refusal(400, "moderation_blocked", "Not this.")
 BAD_REQUEST = refusal(400, "invalid_value", "No such size.")
 UNAUTHORIZED = refusal(401, "invalid_api_key", "Wrong key.")
+NO_CREDIT = refusal(429, "insufficient_quota", "Pay first.", type="insufficient_quota")
+SILENT = Reply(silent=True)
+Order = Union[Reply, Callable[[], object]]
 
 
 def prompt_of(request: Request) -> str:
     """Return the prompt of a POST, JSON or form."""
-    if request.headers["content-type"] == "application/json":
-        return str(request.json["prompt"])
-    return request.fields["prompt"]
+    return str(sent_fields(request)["prompt"])
 
 
-def asked(request: Request) -> int:
-    """Return how many pictures a POST asks for."""
-    json_body = request.headers["content-type"] == "application/json"
-    fields = request.json if json_body else request.fields
-    return int(fields.get("n", 1))
+def sent_fields(request: Request) -> Any:
+    """Return the fields of a POST, JSON or form."""
+    plain = request.headers["content-type"] == "application/json"
+    return request.json if plain else request.fields
 
 
 def drawn(label: str) -> bytes:
@@ -49,17 +52,17 @@ class Painter:
     """
 
     def __init__(self) -> None:
-        self.orders: dict[str, list[Reply]] = collections.defaultdict(list)
+        self.orders: dict[str, list[Order]] = collections.defaultdict(list)
         self.seen: list[str] = []
-        self.times: list[float] = []
         self.labels: dict[bytes, str] = {}
-        self.under_way = 0
-        self.most = 0
         self.lock = threading.Lock()
 
-    def order(self, prompt: str, *replies: Reply) -> None:
-        """Give a prompt these replies first; a 200 without a body or chunks is painted."""
-        self.orders[prompt] += replies
+    def order(self, prompt: str, *orders: Order) -> None:
+        """Give a prompt these replies first; a 200 without a body is painted.
+
+        A function is called when the prompt has come, and may return what it is answered.
+        """
+        self.orders[prompt] += orders
 
     def hold(self, *prompts: str) -> threading.Event:
         """Let the next answer to each of these prompts wait for the Event that is returned."""
@@ -71,22 +74,44 @@ class Painter:
     def __call__(self, request: Request) -> Reply:
         prompt = prompt_of(request)
         with self.lock:
-            self.times.append(time.monotonic())
             self.seen.append(prompt)
             again = " again" * (self.seen.count(prompt) - 1)
-            reply = self.orders[prompt].pop(0) if self.orders[prompt] else Reply()
-            broken = reply.silent or reply.reset
-            if reply.status == 200 and not (reply.body or reply.chunks or broken):
-                count = asked(request)
-                labels = [f"{prompt}{again}"]
-                labels += [f"{prompt}{again}, {number}" for number in range(2, count + 1)]
-                self.labels.update((drawn(label), label) for label in labels)
-                painted = answer(*map(drawn, labels))
-                reply = painted._replace(before=reply.before, cut=reply.cut)
-        return reply
+            order = self.orders[prompt].pop(0) if self.orders[prompt] else Reply()
+        if not isinstance(order, Reply):
+            made = order()
+            order = made if isinstance(made, Reply) else Reply()
+        if order.status != 200 or order.body or order.chunks or order.silent or order.reset:
+            return order
+        count = int(sent_fields(request).get("n", 1))
+        labels = [f"{prompt}{again}"]
+        labels += [f"{prompt}{again}, {number}" for number in range(2, count + 1)]
+        self.labels.update((drawn(label), label) for label in labels)
+        return answer(*map(drawn, labels))._replace(before=order.before)
 
 
-class BatchCase(Stage):
+class Clock:
+    """Time of a run in this process: who sleeps wakes at once, and so much later."""
+
+    def __init__(self, asleep: Callable[[], object]) -> None:
+        self.now, self.asleep, self.pause = 1000.0, asleep, time.sleep
+
+    def sleep(self, seconds: float) -> None:
+        """Stand for time.sleep; the short ones are those of subprocess while a process ends."""
+        if seconds > 0.06:
+            self.asleep()
+        self.now += seconds
+        self.pause(0.001)  # lets others work, as in the loop that waits for a curl
+
+
+@contextlib.contextmanager
+def clock(asleep: Callable[[], object] = lambda: None) -> Iterator[Clock]:
+    """Let a Clock be the time in this process; `asleep` is called in each thread that sleeps."""
+    new = Clock(asleep)
+    with mock.patch("time.sleep", new.sleep), mock.patch("time.monotonic", lambda: new.now):
+        yield new
+
+
+class BatchCase(SystemCase):
     """A case with a Painter behind the base URL; jobs.jsonl is the batch unless said otherwise."""
 
     def setUp(self) -> None:
@@ -94,10 +119,9 @@ class BatchCase(Stage):
         self.painter = Painter()
         self.api = self.serve_base(otherwise=self.painter)
         self.folder = self.work / "jobs"
+        self.journal = self.folder / "results.jsonl"
 
     def tearDown(self) -> None:
-        from tests.support import KEY
-
         self.assertEqual(self.files_with(KEY), [], "the key is in a file")
 
     def write(self, *lines: Mapping[str, Any] | str, name: str = "jobs.jsonl") -> Path:
@@ -127,6 +151,15 @@ class BatchCase(Stage):
         self.assertEqual(self.files(), before)
         return run
 
+    def beside(self, prompt: str, *lines: str) -> list[Run]:
+        """Run the tool with each of these words once a prompt has come; return those runs then."""
+        runs: list[Run] = []
+        words = [line.split() for line in lines]
+        self.painter.order(
+            prompt, lambda: runs.extend(self.finish(self.start_tool(*argv)) for argv in words)
+        )
+        return runs
+
     def files(self) -> dict[str, bytes]:
         """Return all files in the work folder but locks."""
         names = [name for name in self.listing() if not name.endswith(".lock")]
@@ -144,31 +177,28 @@ class BatchCase(Stage):
     def painted(self, folder: Path | None = None) -> dict[str, str]:
         """Return the label of every picture below a folder, by its relative path."""
         base = folder or self.folder
-        names = [
-            name for name in self.listing(base) if not re.search(r"\.(jsonl?|html|lock)$", name)
-        ]
+        names = [n for n in self.listing(base) if not re.search(r"\.(jsonl?|html|lock)$", n)]
         return {name: self.painter.labels.get((base / name).read_bytes(), "?") for name in names}
 
     def check_pictures(self, **expected: str) -> None:
         """Assert the pictures in the folder, by name without its .png."""
-        names = {f"{name.lstrip('_')}.png": label for name, label in expected.items()}
-        self.assertEqual(self.painted(), names)
+        self.assertEqual(self.painted(), {f"{name}.png": label for name, label in expected.items()})
 
     def lines(self, folder: Path | None = None, name: str = "results.jsonl") -> list[Any]:
         """Return the lines of a journal."""
         text = ((folder or self.folder) / name).read_text(encoding="ascii")
         return [json.loads(line) for line in text.splitlines()]
 
-    def states(self, name: str = "results.jsonl") -> dict[str, str]:
+    def states(self) -> dict[str, str]:
         """Return the journal's last word on each job, by id."""
-        return {line["id"]: line["state"] for line in self.lines(name=name)}
+        return {line["id"]: line["state"] for line in self.lines()}
 
     def documents(self, run: Run) -> list[Any]:
         """Return the JSON documents of a run."""
         return [json.loads(line) for line in run.out.splitlines()]
 
-    def summary(self, run: Run) -> Any:
-        """Return the table at the end of stderr, as numbers where they are such."""
+    def summary(self, run: Run) -> dict[str, str]:
+        """Return the table at the end of stderr."""
         heads, cells = [
             line.split() for line in run.err.splitlines() if re.search("saved +skip|^ +[0-9]", line)
         ][:2]

@@ -1,267 +1,178 @@
-"""Every shape in which servers answer: the picture is saved byte for byte, or the refusal told."""
+"""Every shape in which servers answer: the picture is saved byte for byte, or the error is told.
+
+What becomes of the call where something fails (exit code, POSTs, what recover brings) stands in
+the fault table, tests/faults.py; here is what the shapes are, links, streams, and words.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
+import random
 import re
-from collections import deque
-from typing import Any, Callable, Iterator, Mapping, NamedTuple
+import shutil
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Callable, Mapping, Sequence
+from unittest import mock
 from urllib.parse import quote
 
-from tests.pictures import png, svg
-from tests.support import (
-    NODEKEY_USAGE,
+import gpt_image2
+from tests.case import SCRIPT, Case, Run, SystemCase
+from tests.pictures import jpeg, png, png_chunk, svg
+from tests.server import (
+    KEY,
     OPENAI_USAGE,
     Api,
-    Case,
-    Child,
     Reply,
-    Run,
+    Request,
     Script,
     answer,
     b64,
     completed_event,
     data_url,
     event_stream,
+    file_reply,
     hk_answer,
     in_pieces,
     json_reply,
     nodekey_answer,
     page,
     partial_event,
+    ranged,
     refusal,
 )
 
 SMALL = png(20, 30, seed=1)  # its base64 is padded, and holds + and /
 LARGE = png(400, 300, seed=3)  # the same, and longer than any buffer of the tool's
-NO_RETRY = ("--retries", "0")
-AT_ONCE = 3  # tools that a table keeps running
-
-
-class Asked(NamedTuple):
-    """One call of the tool, and the server of its own that it asked."""
-
-    name: str
-    api: Api
-    run: Run
+EARLY, LATER = (png(64, 64, rgb=(shade, 0, 0)) for shade in (1, 2))  # previews
+DENIED = refusal(401, "invalid_api_key", "Sign in.")
 
 
 class AnswerCase(Case):
     """A case whose servers give one answer each; a second POST is a fault."""
 
-    def ask(self, reply: Script, *argv: str) -> Asked:
-        """Generate once against a server with that one answer."""
-        return next(self.ask_each({"a fox": reply}, *argv))
+    def ask(self, reply: Script, *argv: str) -> Run:
+        """Generate once against a server of its own."""
+        self.api = self.serve_base(reply)
+        return self.run_tool("generate", "a fox", *argv)
 
-    def ask_each(self, replies: Mapping[str, Script], *argv: str) -> Iterator[Asked]:
-        """Generate once for each answer, a few side by side; its name is the prompt."""
-        running: deque[tuple[str, Api, Child]] = deque()
-        for name, reply in replies.items():
-            if len(running) == AT_ONCE:
-                yield self._ended(*running.popleft())
-            api = self.serve_base(reply)
-            running.append((name, api, self.start_tool("generate", name, *argv)))
-        while running:
-            yield self._ended(*running.popleft())
-
-    def _ended(self, name: str, api: Api, process: Child) -> Asked:
-        return Asked(name, api, self.finish(process))
-
-    def job_left(self, run: Run) -> bool:
-        """Return whether the job folder of a run is still there."""
-        match = re.search("^Job: (.+)$", run.err, re.MULTILINE)
-        assert match, run
-        return match.group(1) in [job.name for job in self.jobs()]
-
-    def check_saved(self, asked: Asked, *pictures: bytes) -> None:
+    def check_saved(self, run: Run, *pictures: bytes) -> None:
         """Assert success: these pictures, one POST, no job left."""
-        run = self.check(asked.run, 0)
-        self.assertEqual(contents(run), list(pictures), run)
-        self.assertEqual(len(asked.api.posts), 1, run)
-        self.assertFalse(self.job_left(run), run)
+        self.check(run, 0)
+        self.assertEqual(contents(run.saved), list(pictures), run)
+        self.assertEqual(len(self.api.posts), 1)
+        self.assertEqual(self.jobs(), [])
+
+    def check_each(self, replies: Mapping[str, Script], *pictures: bytes) -> None:
+        """Assert that each of these answers brings these pictures."""
+        for name, reply in replies.items():
+            with self.subTest(name):
+                self.check_saved(self.ask(reply, "-n", str(len(pictures))), *pictures)
 
 
-def contents(run: Run) -> list[bytes]:
-    """Return the bytes of the saved pictures."""
-    return [path.read_bytes() for path in run.saved]
+def contents(paths: Sequence[Path]) -> list[bytes]:
+    """Return what files hold."""
+    return [path.read_bytes() for path in paths]
 
 
-def wrapped(text: str, width: int, end: str) -> str:
-    """Return text in lines of that width, each but the last ended by `end`."""
-    return end.join(text[at : at + width] for at in range(0, len(text), width))
+def moved(target: str, status: int = 302) -> Reply:
+    """Return a redirect."""
+    return Reply(status, headers=[("Location", target)])
 
 
-def url_safe(text: str) -> str:
-    """Return base64 in the URL alphabet."""
-    return text.replace("+", "-").replace("/", "_")
+# ---- Pictures in the answer -------------------------------------------------------------------
 
 
-# ---- Pictures ---------------------------------------------------------------------------------
-
-DRESSINGS: dict[str, Callable[[str], str]] = {  # base64 -> what stands between JSON's quotes
-    "bare": lambda text: text,
-    "data: prefix": lambda text: "data:image/png;base64," + text,
-    "data: prefix, slash escaped": lambda text: "data:image\\/png;base64," + text,
-    "data: prefix with a parameter": lambda text: "data:image/png;name=a.png;base64," + text,
-    "data: prefix in capitals": lambda text: "DATA:image/PNG;BASE64," + text,
-    "wrapped": lambda text: wrapped(text, 76, "\\n") + "\\n",
-    "wrapped with carriage returns": lambda text: wrapped(text, 64, "\\r\\n"),
-    "wrapped into odd lines": lambda text: wrapped(text, 61, "\\n"),
-    "wrapped by raw line breaks": lambda text: wrapped(text, 76, "\n"),
-    "spaces around": lambda text: f"  {text} ",
-    "slashes escaped": lambda text: text.replace("/", "\\/"),
-    "all escaped": lambda text: "".join(f"\\u{ord(character):04x}" for character in text),
-    "some escaped": lambda text: text.replace("+", "\\u002B").replace("A", "\\u0041"),
-    "padding escaped": lambda text: text.replace("=", "\\u003d"),
-    "URL-safe": url_safe,
-    "unpadded": lambda text: text.rstrip("="),
-    "URL-safe, unpadded, wrapped": lambda text: wrapped(url_safe(text).rstrip("="), 70, "\\n"),
-}
+def dressed(text: str) -> list[str]:
+    """Return what may stand between JSON's quotes for base64."""
+    lines, url_safe = re.findall(".{1,61}", text), text.replace("+", "-").replace("/", "_")
+    return [
+        *(text, f"  {text} ", text.rstrip("="), url_safe),
+        *("data:image\\/png;base64," + text, "DATA:image/PNG;name=a.png;BASE64," + text),
+        *("\\n".join(lines) + "\\n", "\\r\\n".join(lines), "\n".join(lines)),
+        "\\n".join(re.findall(".{1,70}", url_safe.rstrip("="))),
+        text.replace("/", "\\/"),
+        text.replace("+", "\\u002B").replace("=", "\\u003d"),
+        "".join(f"\\u{ord(character):04x}" for character in text),
+    ]
 
 
-class TestBase64(AnswerCase):
+class TestShapes(AnswerCase):
     """Pictures inside the answer."""
 
     def test_every_dressing(self) -> None:
         for picture in (SMALL, LARGE):
             self.assertTrue(all(mark in b64(picture) for mark in "+/="), "it can't show much")
-            texts = [dress(b64(picture)) for dress in DRESSINGS.values()]
+            texts = dressed(b64(picture))
             entries = ", ".join(f'{{"b64_json": "{text}"}}' for text in texts)
-            asked = self.ask(Reply(200, f'{{"data": [{entries}]}}'.encode()))
-            for number, name in enumerate(DRESSINGS, 1):
-                with self.subTest(name, bytes=len(picture)):
-                    self.assertNotIn(f"picture {number}:", asked.run.err)
-            self.check_saved(asked, *[picture] * len(texts))
-
-    def test_every_layout_of_the_json(self) -> None:
-        document = {"created": 1, "data": [{"b64_json": b64(SMALL)}, {"b64_json": b64(LARGE)}]}
-        plain = json.dumps(document).encode()
-        layouts = {
-            "pretty-printed": json.dumps(document, indent=4).encode(),
-            "dense": json.dumps(document, separators=(",", ":")).encode(),
-            "keep-alive lines ahead": b"\n" * 5 + b" \r\n" * 3 + plain,
-            "a megabyte of keep-alive": b"\n" * 1_100_000 + plain,
-            "lines behind": plain + b"\r\n\n  \n",
-            "BOM": b"\xef\xbb\xbf" + plain,
-            "blank lines and BOM": b"\r\n\xef\xbb\xbf\n" + plain,
-        }
-        replies = {name: Reply(200, body) for name, body in layouts.items()}
-        for asked in self.ask_each(replies, "-n", "2"):
-            with self.subTest(asked.name):
-                self.check_saved(asked, SMALL, LARGE)
-
-    def test_whatever_stands_beside_it(self) -> None:
-        picture = {"b64_json": b64(SMALL)}
-        entries = [
-            {"url": "", **picture, "revised_prompt": ""},
-            {"url": None, **picture, "revised_prompt": None},
-            {"revised_prompt": 'a "fox"\\', **picture},
-            {"revised_prompt": '{"b64_json": "AAAA"}', **picture},
-            {"revised_prompt": ["fox"], "id": 7, "seed": [1, {"b64_json": 2}], **picture},
-            {"url": "http://127.0.0.1:9/never-fetched.png", **picture},
-        ]
-        asked = self.ask(json_reply({"data": entries, "size": [], "background": {}}))
-        self.check_saved(asked, *[SMALL] * len(entries))
+            run = self.ask(Reply(200, f'{{"data": [{entries}]}}'.encode()))
+            self.check_saved(run, *[picture] * len(texts))
 
     def test_every_way_over_the_wire(self) -> None:
-        whole = answer(SMALL, LARGE)
-        ways = {
+        document = {"created": 1, "data": [{"b64_json": b64(SMALL)}, {"b64_json": b64(LARGE)}]}
+        whole = json_reply(document)
+        plain, waiting = whole.body, b'{"status": "processing", "data": null}\n'
+        bodies = {
+            "dense": json.dumps(document, separators=(",", ":")).encode(),
+            "a megabyte of keep-alive": b"\n" * 1_100_000 + plain,
+            "blank lines and BOM": b"\r\n\xef\xbb\xbf\n" + plain,
+            "a gateway's comment after it": plain + b"\n<!-- from the gateway -->",
+            "lines of waiting around": 3 * waiting + plain + b"\n" + waiting,
+            "gzipped, unasked": gzip.compress(plain),
+        }
+        first, second = completed_event(SMALL), completed_event(LARGE)
+        replies = {
+            **{name: whole._replace(body=body) for name, body in bodies.items()},
             "chunked": in_pieces(whole, 7001)._replace(framing="chunked"),
             "until the connection closes": whole._replace(framing="close"),
-            "in small pieces": in_pieces(whole, 1999),
-            "named HTML": whole._replace(headers=[("Content-Type", "text/html")]),
             "named a stream": whole._replace(headers=[("Content-Type", "text/event-stream")]),
             "not named": whole._replace(headers=[]),
             "as 201": whole._replace(status=201),
-            "gzipped, unasked": whole._replace(body=gzip.compress(whole.body)),
+            "a stream, unasked": event_stream(partial_event(EARLY), first, second),
+            "a stream not named one": event_stream(first, second)._replace(headers=[]),
+            "a stream with comments": event_stream(b": ping\n\n\n", first, second, b": bye\n\n"),
         }
-        for asked in self.ask_each(ways, "-n", "2"):
-            with self.subTest(asked.name):
-                self.check_saved(asked, SMALL, LARGE)
+        self.check_each(replies, SMALL, LARGE)
 
     def test_the_picture_itself_as_the_body(self) -> None:
         for name, body in (("plain", LARGE), ("gzipped", gzip.compress(LARGE))):
             with self.subTest(name):
                 self.check_saved(self.ask(Reply(200, body, [("Content-Type", "image/png")])), LARGE)
-        asked = self.ask(Reply(200, LARGE, cut=5000))
-        self.check(asked.run, 8)
-        self.assertTrue(self.job_left(asked.run))
 
-    def test_other_text_before_and_after(self) -> None:
-        whole = answer(SMALL, LARGE).body
-        waiting = b'{"status": "processing", "data": null}\n'
-        bodies = {
-            "a comment after": whole + b"\n<!-- from the gateway -->",
-            "lines of waiting before": 3 * waiting + whole,
-            "lines of waiting around": waiting + whole + b"\n" + waiting,
-        }
-        replies = {name: Reply(200, body) for name, body in bodies.items()}
-        for asked in self.ask_each(replies, "-n", "2"):
-            with self.subTest(asked.name):
-                self.check_saved(asked, SMALL, LARGE)
+    def test_whatever_stands_beside_it(self) -> None:
+        odd = ["NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', '"\\u0000"', '"\x01"', "null"]
+        texts = [*odd, '""', '"a \\"fox\\"\\\\"', '"{\\"b64_json\\": \\"AAAA\\"}"']
+        texts += ['[1, {"b64_json": 2}]']
+        entry = f'"b64_json": "{b64(SMALL)}"'
+        entries = [f'{{"revised_prompt": {text}, {entry}}}' for text in texts]
+        entries += [f'{{"url": {text}, {entry}}}' for text in ('""', "null", '"http://[/a.png"')]
+        entries += [f'{{{entry}, "url": "http://127.0.0.1:9/never-fetched.png"}}']
+        beside = ", ".join(f'"f{i}": {text}' for i, text in enumerate(odd))
+        body = f'{{"data": [{", ".join(entries)}], "size": [], "usage": 1e999, {beside}}}'
+        self.check_saved(self.ask(Reply(200, body.encode())), *[SMALL] * len(entries))
 
-    def test_a_stream_that_was_not_asked_for(self) -> None:
-        preview, first, second = (
-            partial_event(png(8, 8)),
-            completed_event(SMALL),
-            completed_event(LARGE),
-        )
-        streams = {
-            "after a preview": event_stream(preview, first, second),
-            "with an end mark": event_stream(first, preview, second, "[DONE]"),
-            "not named a stream": event_stream(first, second)._replace(headers=[]),
-            "with comments": event_stream(b": keep-alive\n\n\n", first, second, b": bye\n\n"),
-        }
-        for asked in self.ask_each(streams, "-n", "2"):
-            with self.subTest(asked.name):
-                self.check_saved(asked, SMALL, LARGE)
-
-
-class TestPlaces(AnswerCase):
-    """Where the pictures lie in an answer."""
-
-    def test_every_place_of_base64(self) -> None:
+    def test_every_place(self) -> None:
         entry = {"b64_json": b64(SMALL)}
-        places: dict[str, Any] = {
-            "data is an object": {"data": entry},
-            "data in data": {"data": {"data": [entry]}},
-            "images": {"images": [entry]},
-            "images of data: URLs": {"images": [data_url(SMALL)]},
-            "empty data beside images": {"data": [], "images": [entry]},
-            "no envelope": [entry],
-            "image_url as in chats": {"data": [{"image_url": {"url": data_url(SMALL)}}]},
-            "null error": {"error": None, "data": [entry]},
-            "empty error": {"error": {}, "data": [entry]},
-            "data: URL": {"data": [{"url": data_url(SMALL)}]},
-            "data: URL beside empty base64": {"data": [{"b64_json": "", "url": data_url(SMALL)}]},
-            "data: URL beside null": {"data": [{"b64_json": None, "url": data_url(SMALL)}]},
-        }
-        replies = {name: json_reply(document) for name, document in places.items()}
-        for asked in self.ask_each(replies):
-            with self.subTest(asked.name):
-                self.check_saved(asked, SMALL)
-
-    def test_every_place_of_a_url(self) -> None:
-        host = self.serve()
-        url = host.put("/a.png", SMALL)
-        places: dict[str, Any] = {
-            "data": {"data": [{"url": url}]},
-            "beside empty base64": {"data": [{"b64_json": "", "url": url}]},
-            "beside null": {"data": [{"b64_json": None, "url": url, "revised_prompt": None}]},
-            "strings": {"data": [url]},
-            "data is an object": {"data": {"url": url}},
-            "images": {"images": [{"url": url}]},
-            "images of strings": {"images": [url]},
-            "image_urls": {"image_urls": [url]},
-        }
-        replies = {name: json_reply(document) for name, document in places.items()}
-        for asked in self.ask_each(replies):
-            with self.subTest(asked.name):
-                self.check_saved(asked, SMALL)
+        places: list[Any] = [{"data": entry}, {"data": {"data": [entry]}}, [entry]]
+        places += [{"images": [entry]}, {"data": [], "images": [entry]}]
+        places += [{"error": None, "data": [entry]}, {"error": {}, "data": [entry]}]
+        for url in (data_url(SMALL), self.serve().put("/a.png", SMALL)):
+            alone = {"b64_json": None, "url": url, "revised_prompt": None}
+            in_chats = {"image_url": {"url": url}}
+            entries = [{"url": url}, {"b64_json": "", "url": url}, alone, in_chats, url]
+            places += [{"data": [entry]} for entry in entries]
+            places += [{"data": {"url": url}}, {"images": [{"url": url}]}, {"images": [url]}]
+            places += [{"image_urls": [url]}]
+        for place in places:
+            with self.subTest(json.dumps(place)[:60]):
+                self.check_saved(self.ask(json_reply(place)), SMALL)
 
     def test_every_spelling_of_a_url(self) -> None:
-        api = self.serve_base()
+        api = self.api = self.serve_base()
         api.put("/v1/files/a.png", SMALL)
         url = api.origin + "/v1/files/a.png"
         spellings = {
@@ -273,362 +184,589 @@ class TestPlaces(AnswerCase):
             f" {url}?space ": "/v1/files/a.png?space",
         }
         api.script.append(answer(*spellings))
-        run = self.check(self.run_tool("generate", "a fox"), 0)
+        self.check_saved(self.run_tool("generate", "a fox"), *[SMALL] * len(spellings))
         self.assertEqual([request.target for request in api.gets], list(spellings.values()))
-        self.assertEqual(contents(run), [SMALL] * len(spellings))
 
     def test_an_svg_in_a_data_url(self) -> None:
         filler = b"<!-- %b -->\n<rect" % ("ä 100 % ".encode() * 12_000)
         for drawing in (svg(64, 64), svg(64, 64).replace(b"<rect", filler)):
-            spellings = [
-                "data:image/svg+xml," + quote(drawing),
-                "data:image/svg+xml;charset=utf-8," + quote(drawing),
-                "data:image/svg+xml;base64," + b64(drawing),
-            ]
-            for asked in self.ask_each({url[:40]: answer(url) for url in spellings}):
-                with self.subTest(asked.name, bytes=len(drawing)):
-                    self.check_saved(asked, drawing)
+            after = [f"{kind},{quote(drawing)}" for kind in ("", ";charset=utf-8")]
+            texts = [*after, f";base64,{b64(drawing)}"]
+            self.check_each(
+                {text[:9]: answer("data:image/svg+xml" + text) for text in texts}, drawing
+            )
 
     def test_relays_as_they_document_themselves(self) -> None:
         url = self.serve().put("/a.png", SMALL)
-        relays = {
-            "OpenAI-HK by url": hk_answer(url),
-            "OpenAI-HK by base64": hk_answer(SMALL),
-            "NodeKey by url": nodekey_answer(url),
-            "NodeKey by base64": nodekey_answer(SMALL),
-        }
-        for asked in self.ask_each(relays):
-            with self.subTest(asked.name):
-                self.check_saved(asked, SMALL)
-                self.assertIn("281 tokens", asked.run.err)
+        for reply in (hk_answer(url), hk_answer(SMALL), nodekey_answer(url), nodekey_answer(SMALL)):
+            with self.subTest(reply.body[:80]):
+                run = self.ask(reply)
+                self.check_saved(run, SMALL)
+                self.assertIn("281 tokens", run.err)
 
     def test_more_pictures_than_asked_for(self) -> None:
         pictures = [png(8, 8, seed=seed) for seed in range(3)]
         for n, names in (("1", ["a", "a-2", "a-3"]), ("2", ["b-1", "b-2", "b-3"])):
             with self.subTest(n=n):
-                asked = self.ask(answer(*pictures), "-n", n, "-o", names[0][0] + ".png")
-                self.check_saved(asked, *pictures)
-                self.assertEqual([path.stem for path in asked.run.saved], names)
-
-    def test_fewer_pictures_than_asked_for(self) -> None:
-        _, api, run = self.ask(answer(SMALL), "-n", "2", "--json")
-        document = self.check(run, 9).json
-        self.assertEqual((document["ok"], document["error"]["exit_code"]), (False, 9))
-        self.assertEqual((len(document["images"]), len(api.posts)), (1, 1))
-
-    def test_a_bad_picture_stops_no_other(self) -> None:
-        bad = {"no base64": "!!", "no picture": b64(b"hello"), "cut": b64(SMALL[:-40])}
-        replies = {
-            name: json_reply({"data": [{"b64_json": t} for t in (b64(SMALL), text, b64(LARGE))]})
-            for name, text in bad.items()
-        }
-        for name, _, run in self.ask_each(replies, "-n", "3"):
-            with self.subTest(name):
-                self.check(run, 9)
-                self.assertEqual(contents(run), [SMALL, LARGE])
-                self.assertIn("picture 2", run.err)
-                self.assertTrue(self.job_left(run))
-
-
-class TestUsage(AnswerCase):
-    """Tokens and what they cost, in whichever names they come."""
+                run = self.ask(answer(*pictures), "-n", n, "-o", names[0][0] + ".png")
+                self.check_saved(run, *pictures)
+                self.assertEqual([path.stem for path in run.saved], names)
 
     def test_usage_in_every_form(self) -> None:
-        usages: dict[str, tuple[Any, str]] = {
-            "OpenAI's": (OPENAI_USAGE, "281 tokens"),
-            "NodeKey's": (NODEKEY_USAGE, "281 tokens"),
-            "without a total": ({"input_tokens": 6, "output_tokens": 275}, "281 tokens"),
-            "null": (None, ""),
-            "a word": ("none", ""),
-            "a list": ([1], ""),
-            "zeros": ({"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}, ""),
-            "nulls": ({"input_tokens": None, "input_tokens_details": None}, ""),
-            "words": ({"input_tokens": "6", "total_tokens": {"a": 1}, "output_tokens": []}, ""),
-            "huge": ({"output_tokens": 10**400, "total_tokens": -1}, ""),
-        }
-        entries = [{"b64_json": b64(SMALL)}]
-        replies = {
-            name: json_reply({"data": entries, "usage": usage})
-            for name, (usage, _) in usages.items()
-        }
-        for asked in self.ask_each(replies):
-            with self.subTest(asked.name):
-                self.check_saved(asked, SMALL)
-                self.assertIn(usages[asked.name][1], asked.run.err)
-
-    def test_usage_and_cost_in_the_document(self) -> None:
-        replies = {"with": answer(SMALL), "without": answer(SMALL, usage={})}
-        given, missing = (asked.run.json for asked in self.ask_each(replies, "--json"))
-        self.assertEqual(given["usage"], OPENAI_USAGE)
-        self.assertEqual((missing["usage"], missing["cost"]), (None, None))
+        none = {"input_tokens": None, "input_tokens_details": None, "output_tokens": 0}
+        words = {"input_tokens": "6", "total_tokens": {"a": 1}, "output_tokens": []}
+        huge = {"output_tokens": 10**400, "total_tokens": -1}
+        for usage in ({"input_tokens": 6, "output_tokens": 275}, None, "x", [1], none, words, huge):
+            with self.subTest(usage):
+                run = self.ask(json_reply({"data": [{"b64_json": b64(SMALL)}], "usage": usage}))
+                self.check_saved(run, SMALL)
+                told = ["281 tokens"] if "275" in str(usage) else []
+                self.assertEqual(re.findall(r"\S+ tokens", run.err), told)
 
 
-# ---- Refusals and unknown outcomes ------------------------------------------------------------
+# ---- Words of errors --------------------------------------------------------------------------
 
 
-class Fault(NamedTuple):
-    """A server's answer without a picture, and what the tool makes of it."""
+class TestWords(AnswerCase):
+    """The server's own words reach the user, whatever it wraps them in."""
 
-    reply: Reply
-    exit_code: int
-    code: str | None = None  # the API's; None: one of the tool's own
-    shown: str = ""  # stands in the message or its hint
-
-
-class FaultCase(AnswerCase):
-    """A case for answers without a picture."""
-
-    def check_faults(self, faults: Mapping[str, Fault], *argv: str) -> None:
-        """Assert what each fault comes to: exit code, code, words, one POST, nothing saved."""
-        replies = {name: fault.reply for name, fault in faults.items()}
-        for name, api, run in self.ask_each(replies, "--json", *argv):
-            with self.subTest(name):
-                self.check_fault(faults[name], self.check(run, faults[name].exit_code))
-                self.assertEqual(len(api.posts), 1)
-        self.assertEqual(self.listing(), [])
-
-    def check_fault(self, fault: Fault, run: Run) -> None:
-        """Assert what the document and the terminal say of a fault."""
-        error, unknown = run.json["error"], fault.exit_code == 8
-        self.assertIn(fault.shown, f"{error['message']}; {error['hint']}")
-        self.assertIn(fault.shown, run.err)
-        self.assertEqual(error["exit_code"], fault.exit_code)
-        self.assertEqual(error["code"], fault.code or error["code"])
-        self.assertTrue(error["code"])
-        self.assertIs(error["maybe_billed"], unknown)
-        self.assertEqual((run.json["ok"], run.json["images"]), (False, []))
-        if not unknown:
-            self.assertIsNone(run.json["recover_id"])
-            self.assertFalse(self.job_left(run))
-
-
-def coded(status: int, exit_code: int, *codes: str) -> dict[str, Fault]:
-    """Return the faults of a server that answers with each of these codes."""
-    return {
-        f"{status} {code}": Fault(
-            refusal(status, code, f"Sorry: {code}, no.", type="some_error"),
-            exit_code,
-            code,
-            f"Sorry: {code}, no",
-        )
-        for code in codes
-    }
-
-
-class TestRefusals(FaultCase):
-    """Answers that say that nothing was made."""
-
-    def test_the_codes_of_the_api(self) -> None:
-        self.check_faults(
-            {
-                **coded(400, 5, "moderation_blocked", "content_policy_violation"),
-                **coded(400, 1, "invalid_value", "unknown_parameter", "duplicate_parameter"),
-                **coded(400, 1, "invalid_image_file", "invalid_input_fidelity_model"),
-                **coded(400, 6, "billing_hard_limit_reached"),
-                **coded(401, 4, "invalid_api_key"),
-                **coded(404, 1, "model_not_found"),
-                **coded(422, 1, "never_heard_of_it"),
-                **coded(429, 6, "insufficient_quota", "credit_balance_exhausted"),
-                **coded(429, 6, "organization_spend_limit_exceeded"),
-                **coded(429, 6, "project_spend_limit_exceeded"),
-                **coded(429, 6, "organization_usage_limit_exceeded"),
-            }
-        )
-
-    def test_what_only_type_or_message_tell(self) -> None:
-        policy = "Rejected. safety_violations=[violence]"
-        quota = refusal(429, None, "You are out of credit.", type="insufficient_quota")
-        self.check_faults(
-            {
-                "policy": Fault(refusal(400, None, policy), 5, shown=policy),
-                "policy as a value": Fault(refusal(400, "invalid_value", policy), 5, shown=policy),
-                "quota": Fault(quota, 6, "insufficient_quota", "out of credit"),
-                "organisation": Fault(
-                    refusal(403, None, "Your organization must be verified."), 4, shown="15 minutes"
-                ),
-                "forbidden": Fault(page(403, "Access denied"), 4, shown="HTTP 403"),
-            }
-        )
-
-    def test_limits_that_pass(self) -> None:
-        busy = page(503, "Busy", [("Retry-After", "1")])
-        self.check_faults(
-            {
-                **coded(429, 6, "rate_limit_exceeded"),
-                **coded(503, 6, "slow_down", "server_is_overloaded"),
-                "429 in words": Fault(Reply(429, b"slower"), 6, shown="HTTP 429"),
-                "503 that says when to come back": Fault(busy, 6, shown="HTTP 503"),
-            },
-            *NO_RETRY,
-        )
-
-    def test_limits_that_pass_are_tried_again(self) -> None:
-        soon = [("Retry-After-Ms", "1")]
-        for reply in (
-            refusal(429, "rate_limit_exceeded", "Wait.", headers=soon),
-            refusal(503, "slow_down", "Wait.", headers=soon),
-            page(503, "Busy", soon),
-        ):
-            with self.subTest(reply.body):
-                api = self.serve_base(reply, answer(SMALL))
-                run = self.check(self.run_tool("generate", "a fox", "--json"), 0)
-                self.assertEqual(run.json["attempts"], 2)
-                self.assertEqual(api.posts[0].body, api.posts[1].body)
-                self.assertEqual(self.jobs(), [])
+    def told(self, reply: Reply) -> Any:
+        """Return the error that a refusal comes to; stderr says the same."""
+        run = self.check(self.ask(reply, "--json"), 1)
+        error = run.json["error"]
+        self.assertIn(error["message"], run.err)
+        self.assertEqual(error["http_status"], reply.status)
+        return error
 
     def test_every_shape_of_an_error(self) -> None:
-        documents: dict[str, tuple[Any, str | None]] = {
-            "string": ({"error": "bad thing"}, None),
-            "flat": ({"message": "bad thing", "code": "relay_code"}, "relay_code"),
-            "detail": ({"detail": "bad thing"}, None),
-            "list of details": ({"detail": [{"loc": ["body", "n"], "msg": "bad thing"}]}, None),
-            "integer code": ({"error": {"message": "bad thing", "code": 40001}}, "40001"),
-            "nulls": ({"error": {"message": "bad thing", "type": None, "code": None}}, None),
-            "detail in error": ({"error": {"detail": "bad thing"}}, None),
-            "error in detail": ({"detail": {"error": {"message": "bad thing"}}}, None),
-        }
-        self.check_faults(
-            {
-                name: Fault(json_reply(document, 400), 1, code, "bad thing")
-                for name, (document, code) in documents.items()
-            }
-        )
+        said = {"message": "bad thing"}
+        coded: list[Any] = [{"error": {**said, name: "oops"}} for name in ("code", "type")]
+        coded += [{**said, "code": "oops"}, {"error": "bad thing", "code": "oops"}]
+        bare: list[Any] = [
+            {"error": "bad thing"},
+            {"detail": "bad thing"},
+            {"detail": {"error": said}},
+        ]
+        bare += [{"detail": [{"loc": ["body", "n"], "msg": "bad thing"}]}]
+        bare += [{"error": {"detail": "bad thing"}}, [{"error": said}], {"error": [said]}]
+        bare += [{"error": {**said, "type": None, "code": None}}]
+        number = {"error": {**said, "code": 40001}}
+        for code, documents in (("oops", coded), ("refused", bare), ("40001", [number])):
+            for document in documents:
+                with self.subTest(document):
+                    error = self.told(json_reply(document, 400))
+                    self.assertIn("bad thing", error["message"])
+                    self.assertEqual(error["code"], code)
 
     def test_errors_that_are_no_json(self) -> None:
-        self.check_faults(
-            {
-                "nothing": Fault(Reply(400), 1, shown="HTTP 400"),
-                "HTML": Fault(page(404, "Not here"), 1, shown="HTTP 404"),
-                "words": Fault(Reply(400, b"bad thing"), 1, shown="bad thing"),
-                "number": Fault(Reply(400, b"17"), 1, shown="HTTP 400"),
-                "null": Fault(Reply(400, b"null"), 1, shown="HTTP 400"),
-                "cut": Fault(Reply(400, b'{"error": {"message": "bad th'), 1, shown="HTTP 400"),
-                "garbage": Fault(Reply(413, bytes(range(256))), 1, shown="HTTP 413"),
-            }
-        )
+        cut = b'{"error": {"message": "bad th'
+        for body in (b"bad thing", b"17", b"null", cut, bytes(range(256))):
+            with self.subTest(body):
+                words = "bad thing" if body == b"bad thing" else "HTTP 400"
+                self.assertIn(words, self.told(Reply(400, body))["message"])
 
-    def test_a_redirect_names_its_target(self) -> None:
+    def test_a_redirect_names_its_target_without_its_query(self) -> None:
         target = "https://console.example/login"
-        faults = {
-            str(status): Fault(Reply(status, headers=[("Location", target)]), 1, shown=target)
-            for status in (301, 302, 307)
-        }
-        self.check_faults({**faults, "to nowhere": Fault(Reply(302), 1, shown="base URL")})
-
-    def test_an_error_inside_a_200(self) -> None:
-        faults = {
-            **coded(200, 5, "moderation_blocked"),
-            **coded(200, 6, "insufficient_quota"),
-            **coded(200, 4, "invalid_api_key"),
-            **coded(200, 1, "unknown_parameter"),
-            **coded(200, 8, "upstream_error", "500"),
-        }
-        after_blank_lines = {
-            name: fault._replace(reply=fault.reply._replace(body=b"\n \r\n" + fault.reply.body))
-            for name, fault in faults.items()
-        }
-        words = Fault(json_reply({"error": "upstream timed out"}), 8, shown="upstream timed out")
-        self.check_faults({**after_blank_lines, "in words": words})
-
-    def test_an_error_in_a_stream(self) -> None:
-        error = {"message": "bad thing", "code": "moderation_blocked"}
-        bare = f"event: error\ndata: {json.dumps(error)}\n\n".encode()
-        streams = {
-            "as an object": event_stream({"type": "error", "error": error}),
-            "as an event": event_stream(bare),
-            "after a preview": event_stream(partial_event(SMALL), {"error": error}),
-        }
-        self.check_faults(
-            {
-                name: Fault(reply, 5, "moderation_blocked", "bad thing")
-                for name, reply in streams.items()
-            }
-        )
+        error = self.told(moved(f"{target}?token=secret-word#top"))
+        self.assertIn(target, error["message"])
+        self.assertNotIn("secret-word", str(error))
 
 
-class TestUnknownOutcomes(FaultCase):
-    """Answers after which nobody knows whether a picture was made: never a second POST."""
+class TestRetries(AnswerCase):
+    """What is sent again, and when; what is not is in the fault table."""
 
-    def test_server_errors(self) -> None:
-        codes = ("server_error", "bad_response_status_code", "do_request_failed", "upstream_error")
-        statuses = (408, 409, 500, 502, 503, 521, 529)
-        pages = {
-            str(status): Fault(page(status, "Sorry"), 8, shown=f"HTTP {status}")
-            for status in statuses
-        }
-        self.check_faults({**coded(500, 8, *codes), **pages, "empty": Fault(Reply(500), 8)})
+    def test_the_same_request_goes_out_again_when_the_server_says(self) -> None:
+        wait = [("Retry-After", "0.1")]
+        api = self.serve_base(refusal(503, "slow_down", "Wait.", headers=wait), answer(SMALL))
+        run = self.check(self.run_tool("generate", "a fox", "--json"), 0)
+        self.assertEqual(run.json["attempts"], 2)
+        first, second = api.posts
+        self.assertEqual((first.target, first.body), (second.target, second.body))
+        self.assertEqual(first.headers["authorization"], second.headers["authorization"])
 
-    def test_a_gateway_that_cut_it_gets_the_hint_to_stream(self) -> None:
-        self.check_faults(
-            {
-                str(status): Fault(page(status, "Time-out"), 8, shown="--stream --partial-images 1")
-                for status in (504, 520, 524)
-            }
-        )
+    def test_an_old_answer_is_gone_before_the_request_goes_out_again(self) -> None:
+        """Else it would be taken for the answer to a request that got none."""
+        left: list[bytes] = []
 
-    def test_advice_to_retry_changes_nothing(self) -> None:
-        headers = [("Retry-After", "0"), ("X-Should-Retry", "true")]
-        self.check_faults(
-            {
-                str(status): Fault(refusal(status, None, "Again.", headers=headers), 8)
-                for status in (409, 500)
-            }
-        )
+        def second(_: Request) -> Reply:
+            (job,) = self.jobs()
+            left.append((job / "response.json").read_bytes())
+            return Reply(silent=True)
 
-    def test_json_without_a_picture(self) -> None:
-        documents: list[Any] = [
-            {},
-            [],
-            None,
-            "fine",
-            {"data": []},
-            {"data": None},
-            {"data": [None]},
-            {"data": [{"b64_json": "", "url": ""}]},
-            {"data": {"task_id": "t1"}},
-            {"created": 1, "data": "pending"},
-        ]
-        self.check_faults({repr(value): Fault(json_reply(value), 8) for value in documents})
+        self.serve_base(refusal(429, None, "Wait.", headers=[("Retry-After", "0")]), second)
+        error = self.check(self.run_tool("generate", "a fox", "--json"), 8).json
+        self.assertEqual((left, error["recover_id"], error["http_status"]), ([b""], None, None))
+        self.assertNotIn("Wait", error["error"]["message"])
 
-    def test_bodies_that_cannot_be_read(self) -> None:
-        whole = answer(LARGE)
-        bodies = {
-            "nothing": Reply(200),
-            "blank lines": Reply(200, b"\n\n\n"),
-            "a login page": page(200, "Sign in"),
-            "words": Reply(200, b"fine"),
-            "cut": whole._replace(cut=5000),
-            "cut, and the framing hides it": whole._replace(cut=5000, framing="close"),
-            "cut chunks": in_pieces(whole, 999)._replace(framing="chunked", cut=5000),
-            "reset halfway": whole._replace(cut=5000, reset=True),
-            "cut inside the head": Reply(raw=b"HTTP/1.1 200 OK\r\nContent-Ty"),
-            "a preview only": event_stream(partial_event(SMALL)),
-        }
-        self.check_faults({name: Fault(reply, 8) for name, reply in bodies.items()})
+    def test_retry_unsafe_sends_another_and_loses_nothing_that_came(self) -> None:
+        cut = answer(SMALL, LARGE)._replace(cut=len(b64(SMALL)) + 5000)
+        for first, came in ((page(500, "Oops"), {EARLY, LATER}), (cut, {SMALL})):
+            with self.subTest(first.status), mock.patch("random.uniform", return_value=0):
+                api = self.serve_base(first, otherwise=answer(EARLY, LATER))
+                run = self.run_tool("generate", "a fox", "-n", "2", "--retry-unsafe", "--new")
+                saved = run.saved
+                if self.jobs():
+                    saved += self.run_tool("recover", "--all").saved
+                self.assertLessEqual(came, set(contents(saved)), run)
+                self.assertGreaterEqual(len(api.posts), 1 + (first.status == 500))
 
-    def test_lines_that_break(self) -> None:
-        breaks = {
-            "closed": Reply(silent=True),
-            "reset": Reply(reset=True),
-            "not HTTP": Reply(raw=b"hello\r\n\r\n"),
-            "HTML without a head": Reply(raw=b"<html>hello</html>"),
-        }
-        faults = {name: Fault(reply, 8, shown="billed") for name, reply in breaks.items()}
-        self.check_faults(faults)
 
-    def test_bytes_that_came_can_be_recovered(self) -> None:
-        cut = answer(SMALL, LARGE)._replace(cut=5000)
-        failed = self.check(self.ask(cut, "-n", "2").run, 8)
-        (job,) = self.jobs()
-        last = failed.err.splitlines()[-1]
-        self.assertRegex(last, rf"^Recover: \S*python\S* \S+ recover {job.name}$")
-        run = self.check(self.run_tool("recover", job.name, "-o", "fox.png"), 9)
-        self.assertEqual(contents(run), [SMALL])
+# ---- Links ------------------------------------------------------------------------------------
 
-    def test_nothing_listens(self) -> None:
-        api = Api()
-        api.close()
-        self.env.update(GPT_IMAGE2_BASE_URL=api.base_url, GPT_IMAGE2_API_KEY=api.key)
-        run = self.check(self.run_tool("generate", "a fox", "--json", *NO_RETRY), 7)
-        self.assertIs(run.json["error"]["maybe_billed"], False)
+
+class LinkCase(AnswerCase):
+    """A case whose server answers with links to pictures, and often serves those too."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        patch = mock.patch("random.uniform", return_value=0)  # no wait before another try
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def follow(self, *urls: str, files: Any = (), api: Api | None = None) -> Run:
+        """Generate and let the answer hold these links; `files` are served beside it."""
+        self.api = api or self.serve_base()
+        self.api.script.append(answer(*urls))
+        self.api.files.update(files)
+        return self.run_tool("generate", "a fox", "-n", str(min(len(urls), 10)), "--new")
+
+    def check_kept(self, run: Run) -> Path:
+        """Assert that nothing could be saved and the answer is kept; return its folder."""
+        self.check(run, 10)
+        self.assertEqual((run.saved, self.listing()), ([], []))
+        (name,) = re.findall(r"(?m)^Recover: .* recover (\S+)\n\Z", run.err)
+        (job,) = [job for job in self.jobs() if job.name == name]
+        self.assertTrue((job / "response.json").stat().st_size)
+        return job
+
+    def check_keyless(self, *servers: Api) -> None:
+        """Assert that no GET of these servers carried the key, in whatever form."""
+        gets = [request for api in servers for request in api.gets]
+        self.assertTrue(gets)
+        for request in gets:
+            self.assertNotIn("authorization", request.headers)
+            self.assertNotIn(KEY, str(request))
+
+    def wrap_curl(self, script: str = 'echo curl >>"$log"; real "$@"') -> Path:
+        """Put a sh script before curl, which it runs as `real`; return a file of its own."""
+        real = shutil.which("curl")
+        log, curl = self.tmp / "curls", self.new_folder("bin") / "curl"
+        curl.write_text(f"#!/bin/sh\nlog='{log}'\nreal() {{ '{real}' \"$@\"; }}\n{script}\n")
+        curl.chmod(0o755)
+        self.env["PATH"] = os.pathsep.join([str(curl.parent), self.env["PATH"]])
+        return log
+
+
+class TestDownloads(LinkCase):
+    """What a server may do to a download, three redirects, and the one case that gets the key."""
+
+    def test_a_download_carries_no_key(self) -> None:
+        host = self.serve()
+        self.configure(headers={"X-Team": "secret-team"})
+        links = (host.put("/a.png", SMALL), "/b.png")
+        self.check_saved(self.follow(*links, files={"/b.png": file_reply(LARGE)}), SMALL, LARGE)
+        self.assertEqual(self.api.posts[0].headers["authorization"], f"Bearer {KEY}")
+        self.check_keyless(host, self.api)
+        for api in (host, self.api):
+            self.assertNotIn("secret-team", str(api.gets[0]))
+
+    def test_a_cut_file_is_resumed_where_the_server_can(self) -> None:
+        whole, cut = file_reply(SMALL), len(SMALL) // 2
+        for replies, ranges in (
+            ([ranged(SMALL, cut=cut), ranged(SMALL)], [None, f"bytes={cut}-"]),
+            ([whole._replace(cut=cut), whole, whole], [None, f"bytes={cut}-", None]),
+        ):
+            with self.subTest(ranges):
+                self.check_saved(self.follow("/a.png", files={"/a.png": replies}), SMALL)
+                self.assertEqual([get.headers.get("range") for get in self.api.gets], ranges)
+
+    def test_tries_end(self) -> None:
+        self.check_kept(self.follow("/a.png", files={"/a.png": page(500, "Oops")}))
+        self.assertEqual(len(self.api.gets), 4)
+
+    def test_what_is_no_picture_is_kept_raw_and_fetched_anew(self) -> None:
+        drawing, error = b"<html><svg></svg></html>", b'{"error": "expired"}'
+        for body in (page(200, "Log in").body, drawing, error, SMALL[:-10], b""):
+            with self.subTest(body):
+                job = self.check_kept(self.follow("/a.png", files={"/a.png": file_reply(body)}))
+                self.assertIn(body, contents(list(job.iterdir())))
+                self.api.put("/a.png", ranged(SMALL))
+                self.check_saved(self.run_tool("recover", job.name, "-o", "a.png"), SMALL)
+                (self.work / "a.png").unlink()
+
+    def test_a_file_too_large_is_refused_whether_its_length_is_told_or_not(self) -> None:
+        told = file_reply(SMALL)._replace(content_length=200_000_000, cut=len(SMALL))
+        for framing in ("length", "close", "chunked"):
+            reply = told if framing == "length" else file_reply(LARGE)._replace(framing=framing)
+            limit = gpt_image2.MAX_DOWNLOAD_BYTES if framing == "length" else 100_000
+            with self.subTest(framing), mock.patch.object(gpt_image2, "MAX_DOWNLOAD_BYTES", limit):
+                job = self.check_kept(self.follow("/a.png", files={"/a.png": reply}))
+                self.assertEqual(len(self.api.gets), 1)
+                self.assertLess(max(map(len, contents(list(job.iterdir())))), 100_000)
+
+    def test_three_redirects_are_followed_and_a_fourth_is_not(self) -> None:
+        hops = {f"/{i}": moved(f"/{i + 1}") for i in range(4)}
+        self.check_saved(self.follow("/0", files={**hops, "/3": file_reply(SMALL)}), SMALL)
+        (self.work / self.listing()[0]).unlink()
+        self.check_kept(self.follow("/0", files={**hops, "/4": file_reply(SMALL)}))
+        self.assertEqual([get.target for get in self.api.gets], ["/0", "/1", "/2", "/3"])
+
+    def test_every_kind_of_redirect(self) -> None:
+        host = self.serve()
+        url = host.put("/a.png", SMALL)
+        statuses = (301, 302, 303, 307, 308)
+        files = {f"/{one}": moved(url, one)._replace(body=b"moved") for one in statuses}
+        self.check_saved(self.follow(*files, files=files), *[SMALL] * 5)
+        self.check_keyless(host, self.api)
+
+    def test_a_redirect_to_a_private_place_is_refused(self) -> None:
+        curls = self.wrap_curl()
+        targets = ("http://10.0.0.1/", "http://[::ffff:10.0.0.1]/", "file:///etc/hostname")
+        files = {f"/{number}": moved(target) for number, target in enumerate(targets)}
+        self.check_kept(self.follow(*files, files=files))
+        self.assertEqual(len(self.api.gets), len(targets))
+        self.assertEqual(len(curls.read_text().split()), 1 + len(targets))
+
+    def test_a_401_from_the_base_is_tried_once_with_the_key(self) -> None:
+        for status in (401, 403):
+            with self.subTest(status):
+                replies = [DENIED._replace(status=status), file_reply(SMALL)]
+                self.check_saved(self.follow("/a.png", files={"/a.png": replies}), SMALL)
+                keys = [get.headers.get("authorization") for get in self.api.gets]
+                self.assertEqual(keys, [None, f"Bearer {KEY}"])
+        self.check(self.follow("/a.png", files={"/a.png": [DENIED, DENIED]}), 10)
+
+    def test_no_other_place_gets_the_key(self) -> None:
+        host = self.serve()
+        elsewhere = host.put("/a.png", DENIED)
+        self.check_kept(self.follow(elsewhere))
+        self.check_kept(self.follow("/a.png", files={"/a.png": moved(elsewhere)}))
+        self.check_keyless(host, self.api)
+        replies = [DENIED, moved(host.put("/b.png", SMALL))]
+        self.check_kept(self.follow("/a.png", files={"/a.png": replies}))
+        self.assertEqual(len(host.gets), 2, "a redirect was followed with the key")
+
+    def test_no_other_spelling_of_the_host_gets_the_key(self) -> None:
+        api = self.serve_base()
+        api.put("/a.png", DENIED)
+        for host in ("localhost", "127.1", "2130706433"):
+            with self.subTest(host):
+                self.check_kept(self.follow(f"http://{host}:{api.port}/a.png", api=api))
+        self.check_keyless(api)
+
+
+# A curl that goes to the test's server instead of the address that it shall use.
+REROUTED = """sed 's/2606:4700::1111\\|8\\.8\\.8\\.8/127.0.0.1/; s/\\[127.0.0.1\\]/127.0.0.1/' \
+>"$log.config"; real "$@" <"$log.config" """
+
+
+class TestPlaces(LinkCase):
+    """Where a link may lead."""
+
+    def refused(self, links: Sequence[str], api: Api | None = None) -> None:
+        """Assert that each link of one answer is refused, and no curl started for it."""
+        curls = self.wrap_curl()
+        run = self.check(self.follow(*links, api=api), 10)
+        for number, link in enumerate(links, 1):
+            with self.subTest(link):
+                self.assertIn(f"picture {number}: ", run.err)
+        self.assertEqual(curls.read_text().splitlines(), ["curl"], run)
+
+    def behind_proxy(self) -> Api:
+        """Start a server that is also the proxy of an invented, public base."""
+        api = self.serve_base()
+        base = "http://images.example/v1"
+        self.env.update(GPT_IMAGE2_BASE_URL=base, GPT_IMAGE2_ALLOW_HTTP="1", http_proxy=api.origin)
+        return api
+
+    def test_private_addresses_in_every_spelling_and_what_is_no_http(self) -> None:
+        places = ["10.0.0.1", "169.254.169.254", "192.168.0.1:8080", "224.0.0.1", "0.0.0.0"]
+        places += ["[::ffff:10.0.0.1]", "[64:ff9b::a00:1]", "[fd00:ec2::254]", "[fe80::1]"]
+        places += ["167772161", "0xa9fea9fe", "0251.0376.0251.0376", "10.1", "012.0.0.1"]
+        places += ["198.18.0.1", "10.0.0.1.", "user:pw@8.8.8.8", "8.8.8.8:99999", "[::1"]
+        links = ["file:///etc/hostname", "ftp://8.8.8.8/a.png", "gopher://8.8.8.8/1", "dict://x/"]
+        links += ["FILE:///etc/hostname", "//@8.8.8.8/a.png", "https://"]
+        self.refused([*links, *(f"http://{place}/a.png" for place in places)])
+
+    def test_loopback_is_private_to_a_base_elsewhere(self) -> None:
+        api = self.behind_proxy()
+        hosts = ["127.0.0.1", "127.1", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]"]
+        hosts += ["%31%32%37.0.0.1", "127%2e1", "１２７.0.0.1", "127.0.0.1.", "localhost"]
+        hosts += ["10.0.0.1.", "10.1"]
+        self.refused([f"http://{host}:{api.port}/a.png" for host in hosts], api)
+
+    def test_names_are_the_proxys_business(self) -> None:
+        api, url = self.behind_proxy(), "http://cdn.example/a.png"
+        with mock.patch("socket.getaddrinfo", looked_up("10.0.0.1")):
+            self.check_saved(self.follow(url, files={url: file_reply(SMALL)}, api=api), SMALL)
+        self.check_keyless(api)
+
+    def test_allow_private(self) -> None:
+        api = self.behind_proxy()
+        run = self.follow(api.put("/a.png", SMALL), api=api)
+        job = self.check_kept(run)
+        self.assertIn("--allow-private", run.err)
+        self.check_saved(self.run_tool("recover", job.name, "--allow-private"), SMALL)
+        api.script.append(answer(api.origin + "/a.png"))
+        run = self.check(self.run_tool("generate", "a fox", "--allow-private"), 0)
+        self.assertEqual(contents(run.saved), [SMALL])
+
+    def test_every_spelling_of_loopback_is_the_base(self) -> None:
+        api = self.serve_base()
+        api.put("/a.png", SMALL)
+        hosts = ("localhost", "LOCALHOST", "127.1", "127.0.0.1")
+        links = [f"http://{host}:{api.port}/a.png" for host in hosts]
+        self.check_saved(self.follow(*links, api=api), *[SMALL] * len(hosts))
+
+    def test_a_name_with_any_private_address_is_refused(self) -> None:
+        curls = self.wrap_curl()
+        found: list[list[str]] = [["10.0.0.1"], ["8.8.8.8", "127.0.0.1"], ["::1"], ["fe80::1%eth0"]]
+        for count, addresses in enumerate([*found, []], 1):
+            with self.subTest(addresses):
+                with mock.patch("socket.getaddrinfo", looked_up(*addresses)):
+                    self.check_kept(self.follow("http://cdn.example/a.png"))
+                self.assertEqual(len(curls.read_text().split()), count, "the link was followed")
+
+    def test_a_name_leads_to_the_address_that_was_checked(self) -> None:
+        """Nobody looks it up once more, as what is said then may be another address."""
+        self.wrap_curl(REROUTED)
+        for address in ("8.8.8.8", "2606:4700::1111"):
+            with self.subTest(address), mock.patch("socket.getaddrinfo", looked_up(address)):
+                api = self.serve_base()
+                url = f"http://cdn.invalid:{api.port}/a.png"
+                run = self.follow(url, files={"/a.png": file_reply(SMALL)}, api=api)
+                self.check_saved(run, SMALL)
+                self.assertEqual(api.gets[0].headers["host"], f"cdn.invalid:{api.port}")
+
+
+def looked_up(*addresses: str) -> Callable[..., Any]:
+    """Return a getaddrinfo that says these of every name, and of a literal what it is."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, port: int, *args: Any, **options: Any) -> Any:
+        if options.get("flags") == socket.AI_NUMERICHOST or not addresses:
+            return real(host, port, flags=socket.AI_NUMERICHOST)
+        return [(0, 0, 0, "", (address, port)) for address in addresses]
+
+    return getaddrinfo
+
+
+# ---- Streams ----------------------------------------------------------------------------------
+
+
+class TestStreams(SystemCase):
+    """--stream and --partial-images: previews as they come, the picture only when it is whole."""
+
+    words: tuple[str, ...] = ("generate", "a fox", "--partial-images", "2", "-o", "fox.png")
+
+    def stream(self, reply: Reply, *argv: str, code: int = 0) -> Run:
+        """Run generate with two previews, into fox.png."""
+        self.api = self.serve_base(reply)
+        return self.check(self.run_tool(*self.words, *argv), code)
+
+    def files(self) -> dict[str, bytes]:
+        """Return what lies in the work folder."""
+        return {name: (self.work / name).read_bytes() for name in self.listing()}
+
+    def told(self, files: list[dict[str, Any]]) -> list[bytes]:
+        """Return what the files of a JSON document hold; its facts must be true."""
+        found = contents([Path(file["path"]) for file in files])
+        self.assertEqual([file["bytes"] for file in files], [len(data) for data in found])
+        return found
+
+    def test_each_preview_is_saved_and_told_before_the_next_comes(self) -> None:
+        go_on, finish = threading.Event(), threading.Event()
+        previews, last = (partial_event(EARLY), partial_event(LATER, 1)), completed_event(SMALL)
+        self.serve_base(event_stream(previews[0], go_on, previews[1], finish, last, "[DONE]"))
+        self.hurry(20)
+        tool = self.start_tool(*self.words)
+        self.hear(tool, f"Partial: {self.work / 'fox.partial-1.png'}\n")
+        self.assertEqual(self.files(), {"fox.partial-1.png": EARLY})
+        go_on.set()
+        self.hear(tool, f"Partial: {self.work / 'fox.partial-2.png'}\n")
+        self.assertEqual(self.files(), {"fox.partial-1.png": EARLY, "fox.partial-2.png": LATER})
+        finish.set()
+        run = self.check(self.finish(tool), 0)
+        self.assertEqual(run.saved, [self.work / "fox.png"])
+        self.assertEqual(self.files()["fox.png"], SMALL)
+        self.assertEqual((run.err.count("Partial: "), run.err.count("Saved:")), (2, 0))
+
+    def test_the_document_keeps_previews_and_pictures_apart(self) -> None:
+        events = (partial_event(EARLY), partial_event(LATER, 1), completed_event(SMALL))
+        document = self.stream(event_stream(*events), "--json", "--provider", "openai").json
+        self.assertEqual(self.told(document["images"]), [SMALL])
+        self.assertEqual(self.told(document["partials"]), [EARLY, LATER])
+        sizes = [(file["format"], file["width"], file["height"]) for file in document["partials"]]
+        self.assertEqual(sizes, [("png", 64, 64)] * 2)
+        self.assertEqual((document["usage"], document["warnings"]), (OPENAI_USAGE, []))
+        self.assertAlmostEqual(document["cost"]["amount"], 0.00828)
         self.assertEqual(self.jobs(), [])
+        post = self.api.posts[0].json
+        self.assertEqual((post["stream"], post["partial_images"]), (True, 2))
+
+    def test_edits(self) -> None:
+        (self.work / "a.png").write_bytes(LARGE)
+        self.words = ("edit", "a.png", *self.words[1:])
+        kind = "image_edit"
+        events = (partial_event(EARLY, kind=kind), completed_event(SMALL, kind=kind))
+        self.stream(event_stream(*events))
+        made = {"fox.partial-1.png": EARLY, "fox.png": SMALL}
+        self.assertEqual(self.files(), {"a.png": LARGE, **made})
+        fields = self.api.posts[0].fields
+        self.assertEqual((fields["stream"], fields["partial_images"]), ("true", "2"))
+
+    def test_a_server_that_ignores_stream(self) -> None:
+        document = self.stream(answer(SMALL), "--json").json
+        self.assertEqual(self.told(document["images"]), [SMALL])
+        self.assertEqual((document["partials"], document["warnings"]), ([], []))
+
+    def test_a_preview_that_cannot_be_read_costs_only_itself(self) -> None:
+        bad = {**partial_event(EARLY), "b64_json": "no/picture"}
+        events = (bad, partial_event(LATER, 1), completed_event(SMALL))
+        document = self.stream(event_stream(*events), "--json").json
+        self.assertEqual(self.told(document["partials"]), [LATER])
+        self.assertEqual(self.told(document["images"]), [SMALL])
+        self.assertRegex("\n".join(document["warnings"]), "partial image 1")
+
+    def test_previews_of_several_pictures(self) -> None:
+        events = (partial_event(EARLY), completed_event(SMALL))
+        more = (partial_event(LATER), completed_event(LARGE))
+        run = self.stream(event_stream(*events, *more), "--n", "2", "--provider", "openai")
+        pictures = {"fox-1.png": SMALL, "fox-2.png": LARGE}
+        previews = {"fox-1.partial-1.png": EARLY, "fox-2.partial-1.png": LATER}
+        self.assertEqual(self.files(), {**pictures, **previews})
+        self.assertIn("562 tokens, $0.0166", run.err)  # each event tells its own picture's
+
+    def test_no_preview_is_lost_where_those_of_two_pictures_come_together(self) -> None:
+        early = (partial_event(EARLY), partial_event(LATER))
+        events = (*early, completed_event(SMALL), completed_event(LARGE))
+        document = self.stream(event_stream(*events), "--n", "2", "--json").json
+        self.assertEqual(self.told(document["partials"]), [EARLY, LATER])
+        self.assertEqual(self.told(document["images"]), [SMALL, LARGE])
+
+    def test_without_an_end_the_preview_is_not_the_picture(self) -> None:
+        early, last = partial_event(EARLY), completed_event(SMALL)
+        named = f'event: image_generation.partial_image\ndata: {{"b64_json": "{b64(EARLY)}"'
+        for name, reply in {
+            "ended": event_stream(early),
+            "cut in the picture": event_stream(early, last)._replace(cut=len(b64(EARLY)) + 1000),
+            "told by its name alone": event_stream(f"{named}}}\n\n".encode()),
+            "told by its name alone, cut": event_stream(f"{named}, ".encode()),
+        }.items():
+            with self.subTest(name):
+                run = self.stream(reply, "--json", "--force", "--new", code=8)
+                document = run.json
+                self.assertRegex(run.err.splitlines()[-1], r"^Recover: .* recover \S+$")
+                self.assertEqual((document["ok"], document["images"]), (False, []))
+                self.assertTrue(document["error"]["maybe_billed"])
+                if not name.endswith("alone, cut"):
+                    self.assertEqual(self.told(document["partials"]), [EARLY])
+                run = self.check(self.run_tool("recover", document["recover_id"]), 10)
+                self.assertEqual((run.out, self.listing()), ("", ["fox.partial-1.png"]))
+                self.assertEqual(len(self.api.requests), 1)
+
+    def test_a_picture_whose_event_is_cut_behind_it_is_recovered(self) -> None:
+        cut = event_stream(completed_event(SMALL))._replace(cut=len(b64(SMALL)) + 200)
+        document = self.stream(cut, "--json", code=8).json
+        self.check(self.run_tool("recover", document["recover_id"]), 0)
+        self.assertEqual(self.files(), {"fox.png": SMALL})
+
+    def test_every_spelling(self) -> None:
+        early, last = partial_event(EARLY), completed_event(SMALL)
+        plain = f"data: {json.dumps(early)}\n\ndata: {json.dumps(last)}\n\n"
+        named = f"event: {early['type']}\n{plain}"
+        tagged = plain.replace("data", "id: 1\nretry: 3000\ndata").replace("}\n", "}\nevent: x\n")
+        texts = [json.dumps(event, indent=1) for event in (early, last)]
+        many = "".join("data: " + text.replace("\n", "\ndata: ") + "\n\n" for text in texts)
+        spellings = {
+            "data lines only": plain,
+            "without a blank at the end": plain.rstrip("\n"),
+            "without spaces": plain.replace("data: ", "data:"),
+            "CRLF and a done line": f"{named}data: [DONE]\n\n".replace("\n", "\r\n"),
+            "comments": ': say "hi\n\n' + plain.replace("data:", ": ping\ndata:"),
+            "blank lines and a BOM": f"\ufeff\n\n{plain}",
+            "ids, retries and names behind the data": tagged,
+            "data of many lines": many,
+            "many lines and CRLF": many.replace("\n", "\r\n"),
+            "events of another kind": f'data: {{"type": "ping"}}\n\ndata: 1\n\n{plain}',
+        }
+        replies = {name: Reply(200, text.encode()) for name, text in spellings.items()}
+        crlf = replies["CRLF and a done line"]
+        replies["single bytes"] = in_pieces(crlf._replace(framing="chunked"), 1)
+        replies["called JSON"] = crlf._replace(headers=[("Content-Type", "application/json")])
+        for name, reply in replies.items():
+            with self.subTest(name):
+                document = self.stream(reply, "--json", "--force").json
+                self.assertEqual(self.told(document["partials"]), [EARLY])
+                self.assertEqual(self.told(document["images"]), [SMALL])
+
+    def test_where_previews_go(self) -> None:
+        reply = event_stream(partial_event(jpeg(64, 64)), completed_event(SMALL))
+        for argv, expected in (
+            (("-o", "fox.png"), ["fox.partial-1.png", "fox.png"]),
+            (("-o", "a.b/fox"), ["a.b/fox", "a.b/fox.partial-1"]),
+            ((), None),
+            (("-o", "new/"), None),
+            (("--output-dir", "other"), None),
+        ):
+            with self.subTest(argv):
+                before = set(self.listing())
+                self.words = ("generate", "a fox", "--partial-images", "1")
+                self.stream(reply, *argv)
+                made = sorted(set(self.listing()) - before)
+                generated = [made[1].replace(".png", ".partial-1.jpg"), made[1]]
+                self.assertEqual(made, expected or generated)
+
+    def test_standard_output_gets_the_picture_alone(self) -> None:
+        reply = event_stream(partial_event(EARLY), completed_event(SMALL))
+        run = self.stream(reply, "-o", "-")
+        self.assertEqual((run.raw_out, self.listing()), (SMALL, []))
+        self.assertEqual(run.err.count("Saved:"), 1)
+
+    def test_a_file_that_is_there_is_replaced_by_force_only(self) -> None:
+        old, reply = self.work / "fox.partial-1.png", (partial_event(EARLY), completed_event(SMALL))
+        old.write_bytes(b"old")
+        self.api = self.serve_base(otherwise=event_stream(*reply))
+        run = self.run_tool(*self.words)
+        self.assertIn(run.code, (0, 2), self.story(run))  # refused, or saved under a free name
+        self.assertEqual(old.read_bytes(), b"old")
+        run = self.check(self.run_tool(*self.words, "--force", "--quiet"), 0)
+        self.assertEqual((old.read_bytes(), run.err), (EARLY, ""))
+
+
+# ---- Memory -----------------------------------------------------------------------------------
+
+# Between this process, whose own memory a child starts with, and the tool.
+MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call([sys.executable, {script!r}, *sys.argv[1:]])
+with open({report!r}, "w") as file:
+    file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
+
+
+class TestMemory(Case):
+    """Memory doesn't grow with the answer, a preview, or a download."""
+
+    def test_large_pictures_take_no_more_than_small_ones(self) -> None:
+        noise = random.Random(1).getrandbits(80_000_000).to_bytes(10_000_000, "big")
+        large = SMALL[:-12] + png_chunk(b"noIs", noise) + SMALL[-12:]
+        small = self.peak(SMALL)
+        self.assertLess(self.peak(large), min(64 << 20, small + (8 << 20)))
+
+    def peak(self, picture: bytes) -> int:
+        """Return the bytes that the tool takes at most for a picture in each of three ways."""
+        report, self.script = self.tmp / "peak", self.tmp / "measured.py"
+        self.script.write_text(MEASURED.format(script=str(SCRIPT), report=str(report)))
+        entry = b'{"b64_json": "' + b64(picture).encode() + b'"}'
+        in_json = Reply(200, b'{"data": [' + b",".join([entry] * 4) + b"]}")
+        in_stream = event_stream(partial_event(picture), completed_event(picture))
+        most = 0
+        for reply in (in_json, in_stream, answer("/a.png")):
+            api = self.serve_base(reply)
+            api.put("/a.png", picture)
+            run = self.check(self.run_tool("generate", "a fox", "--partial-images", "1"), 0)
+            self.assertEqual(contents(run.saved[-1:]), [picture])
+            most = max(most, int(report.read_text()))
+        return most * (1 if sys.platform == "darwin" else 1024)

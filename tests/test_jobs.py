@@ -1,237 +1,276 @@
-"""The job folder (made before the POST, gone or kept after it), and calls that finish another's."""
+"""Jobs: the folder that keeps a request and its answer, resuming, recover, and signals.
+
+What each fault and each signal at each moment comes to (exit code, pictures, what recover brings)
+stands in the fault table, tests/faults.py; here is what that can't show.
+"""
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
+import signal
 import stat
 import subprocess
 import threading
+import time
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 from unittest import mock
 
-import gpt_image2
-from tests.faults import FIRST, FOX, FOXES, SECOND, THIRD, Stage, cut_in, held_mid_answer
+from tests.case import Argument, Child, Run, SystemCase
 from tests.pictures import png
-from tests.support import KEY, Api, Argument, Child, Reply, Run, answer, page, refusal
+from tests.server import KEY, Api, Reply, answer, b64, completed_event, event_stream, refusal
 
-CUT = cut_in(answer(FIRST, SECOND), SECOND)
+FIRST, SECOND, THIRD = (png(40, 30 + i, seed=i) for i in range(3))  # about 4 KB each
+NAMES = {FIRST: "first", SECOND: "second", THIRD: "third"}
+
+FOX = ("generate", "a fox")
+FOXES = (*FOX, "--n", "3")
+THREE = answer(FIRST, SECOND, THIRD)
+MIDDLE = THREE.body.index(b64(THIRD).encode()) + 2000  # two pictures are whole here
+CUT = THREE._replace(cut=MIDDLE)
+SILENT = Reply(silent=True)
 
 
-def mode(path: Path) -> int:
-    """Return the permission bits of a path."""
-    return stat.S_IMODE(path.stat().st_mode)
+class JobCase(SystemCase):
+    """A case with calls that are waited for, killed or kept."""
 
+    def waiting(self, *options: Argument) -> tuple[Api, Child[bytes], threading.Event]:
+        """Start a call; return it once its server has the request, and what lets that answer."""
+        release = threading.Event()
+        api = self.serve_base(answer(FIRST)._replace(before=release))
+        tool = self.start_tool(*FOX, *options)
+        api.wait_for_request()
+        return api, tool, release
 
-class TestJobFolder(Stage):
-    """One folder a request, made before anything is sent."""
+    def mid_answer(self) -> tuple[Child[bytes], threading.Event]:
+        """Start a call; return it once it has two of three pictures, and what lets it go on.
 
-    def kept(self, reply: Reply = CUT, *options: Argument) -> Path:
-        """Return the folder of a call whose outcome is unknown."""
-        self.serve_base(reply)
-        self.check(self.run_tool(*FOX, *options), 8)
+        Every byte is on disk by then, not in a buffer of curl's, which would go with it.
+        """
+        release = threading.Event()
+        self.serve_base(THREE._replace(chunks=[THREE.body[:MIDDLE], release, THREE.body[MIDDLE:]]))
+        tool = self.start_tool(*FOXES)
+        self.wait_until(lambda: self.answered() >= MIDDLE)
+        return tool, release
+
+    def killed(self, api: Api, *argv: Argument) -> None:
+        """Start a call, and kill its script while the server has its request; its curl goes on."""
+        posts = len(api.posts)
+        tool = self.start_tool(*argv)
+        api.wait_for_request(posts + 1)
+        self.kill(tool)
+
+    def kill(self, tool: Child[bytes]) -> None:
+        """End a script, and not its curl."""
+        tool.kill()
+        self.finish(tool)
+
+    def under_way(self) -> tuple[Api, Path, threading.Event]:
+        """Return a killed call whose curl waits: server, job folder, and what lets it answer."""
+        api, tool, release = self.waiting()
+        self.kill(tool)
         (job,) = self.jobs()
+        return api, job, release
+
+    def kept(self, reply: Reply = CUT, code: int = 8, *options: Argument) -> Path:
+        """Return the folder of a call that ended and left its job."""
+        before = set(self.jobs_anywhere())
+        self.serve_base(reply)
+        self.check(self.run_tool(*FOXES, "--new", *options), code)
+        (job,) = set(self.jobs_anywhere()) - before
         return job
 
-    def test_is_there_and_told_before_the_post(self) -> None:
-        release = threading.Event()
-        api = self.serve_base(answer(FIRST)._replace(before=release))
-        tool = self.start_tool(*FOX, "-o", "fox.png")
-        api.wait_for_request()  # from here to its answer, the tool only waits for curl
+    def recover(self, *argv: Argument, code: int = 0) -> Run:
+        """Run recover; assert its exit code, and that it sent no POST."""
+        posts = [len(api.posts) for api in self.servers]
+        run = self.check(self.run_tool("recover", *argv), code)
+        self.assertEqual([len(api.posts) for api in self.servers], posts, self.story(run))
+        return run
+
+    def waiting_recover(self, job: Path) -> Child[bytes]:
+        """Start recover, and return it once it holds the job."""
+        tool = self.start_tool("recover", job.name)
+        self.wait_until(lambda: "recovering" in (job / "job.json").read_text())
+        return tool
+
+    def pictures(self, *runs: Run) -> list[str]:
+        """Return the names of the pictures at the `Saved:` lines, sorted."""
+        paths = [path for run in runs for path in run.saved]
+        return sorted(NAMES.get(path.read_bytes(), str(path)) for path in paths)
+
+    def let_come(self, release: threading.Event) -> None:
+        """Let a server answer, and wait until every curl of this test has all of it."""
+        release.set()
+        self.wait_until(lambda: not self.processes("curl"))
+
+
+# ---- The folder -------------------------------------------------------------------------------
+
+
+class TestFolder(JobCase):
+    """One folder a request: made before the POST, closed to others, kept without the key."""
+
+    def test_is_closed_to_others_and_without_the_key(self) -> None:
+        """Whatever the umask, while the answer comes, and when the script was killed."""
+        self.shell('umask 0; exec "$@"')
+        tool, release = self.mid_answer()
         (job,) = self.jobs()
         self.hear(tool, f"Job: {job.name}\n")
-        record = json.loads((job / "job.json").read_text())
-        self.assertIn("a fox", json.dumps(record))
-        self.assertIn("127.0.0.1", json.dumps(record))
-        self.assertIn("fox.png", json.dumps(record))
-        self.assertEqual(json.loads((job / "body.json").read_text()), api.posts[0].json)
+        paths = [job, *job.iterdir()]
+        self.assertLessEqual({"body.json", "response.json", "headers.txt"}, {p.name for p in paths})
+        modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in paths}
+        self.assertEqual(modes, {p.name: "0o700" if p == job else "0o600" for p in paths})
+        self.assertEqual(self.files_with(KEY), [])
+        self.kill(tool)
         self.assertEqual(self.files_with(KEY), [])
         release.set()
-        self.check(self.finish(tool), 0)
 
-    def test_tells_whether_curl_came_as_far_as_connecting(self) -> None:
-        """curl empties its headers' file first: what is left in it says that nothing was sent."""
-        release = threading.Event()
-        api = self.serve_base(answer(FIRST)._replace(before=release))
-        tool = self.start_tool(*FOX, "-o", "fox.png")
-        api.wait_for_request()
-        (job,) = self.jobs()
-        self.assertEqual((job / "headers.txt").read_bytes(), b"")
-        release.set()
-        self.check(self.finish(tool), 0)
+    def test_two_of_one_name(self) -> None:
+        """The same request, second and random number: the earlier answer stays untouched."""
+        then = time.gmtime(1_790_000_000)
+        draws, real = [b"ab", b"ab", b"cd"], os.urandom
 
-    def test_one_that_curl_never_began_is_sent_without_a_word(self) -> None:
-        api = self.serve_base(Reply(silent=True), answer(FIRST))
-        self.check(self.run_tool(*FOX), 8)
-        (job,) = self.jobs()
-        (job / "headers.txt").write_bytes(b"\n")
-        run = self.check(self.run_tool(*FOX), 0)
-        self.assertEqual((len(api.posts), self.jobs()), (2, []))
-        self.assertNotIn("maybe billed", run.err)
+        def drawn(size: int) -> bytes:
+            return draws.pop(0) if size == 2 else real(size)
 
-    def test_is_closed_to_others_whatever_the_umask(self) -> None:
-        self.shell('umask 0; exec "$@"')
-        tool, release = held_mid_answer(self)
-        (job,) = self.jobs()
-        self.assertEqual(mode(job), 0o700)
-        modes = {path.name: oct(mode(path)) for path in job.iterdir()}
-        self.assertEqual(set(modes.values()), {"0o600"}, modes)
-        self.assertLessEqual({"job.json", "body.json", "response.json", "headers.txt"}, set(modes))
-        release.set()
-        self.check(self.finish(tool), 0)
+        with mock.patch("time.gmtime", return_value=then), mock.patch("os.urandom", drawn):
+            first = self.kept()
+            second = self.kept(answer(SECOND, THIRD[:1000]), 9)
+        self.assertEqual(draws, [])
+        self.assertEqual(first.name[:-4], second.name[:-4])
+        self.assertEqual(self.pictures(self.recover(first.name, code=9)), ["first", "second"])
 
-    def test_every_byte_is_on_disk_as_it_comes(self) -> None:
-        """Not in a buffer of curl's, which would go with it."""
-        release = threading.Event()
-        reply = answer(FIRST)
-        self.serve_base(reply._replace(chunks=[reply.body[:999], release, reply.body[999:]]))
-        tool = self.start_tool(*FOX)
-        self.wait_until(lambda: self.answered() == 999, timeout=5)
-        release.set()
-        self.check(self.finish(tool), 0)
-
-    def test_an_edit_keeps_its_prompt_beside_it(self) -> None:
-        release = threading.Event()
-        api = self.serve_base(answer(FIRST)._replace(before=release))
-        (self.work / "in.png").write_bytes(png(64, 64))
-        tool = self.start_tool("edit", "in.png", 'a "fox"\nin snow')
-        api.wait_for_request()
-        (job,) = self.jobs()
-        texts = [path.read_bytes() for path in job.iterdir() if path.suffix == ".txt"]
-        self.assertIn(b'a "fox"\nin snow', texts)
-        release.set()
-        self.check(self.finish(tool), 0)
-
-    def test_a_name_that_another_one_has_is_left_to_it(self) -> None:
-        draws = [b"ab", b"ab", b"ab", b"cd"]
-        with mock.patch("os.urandom", side_effect=draws), mock.patch("time.time", return_value=0):
-            first = gpt_image2.new_job_folder(str(self.tmp), "01234567")
-            Path(first, "response.json").write_bytes(b"paid for")
-            second = gpt_image2.new_job_folder(str(self.tmp), "01234567")
-        self.assertEqual(Path(first).name, "19700101T000000Z-012345676162")
-        self.assertEqual(Path(second).name, "19700101T000000Z-012345676364")
-        self.assertEqual(Path(first, "response.json").read_bytes(), b"paid for")
-
-    def test_is_gone_once_all_is_said(self) -> None:
-        for name, code, replies in (
-            ("saved", 0, [answer(FIRST)]),
-            ("refused", 4, [refusal(401, "invalid_api_key", "No.")]),
-            ("not served", 6, [refusal(429, "insufficient_quota", "No.")]),
-        ):
-            with self.subTest(name):
-                self.serve_base(*replies)
-                run = self.check(self.run_tool(*FOX), code)
-                self.assertEqual(self.jobs(), [])
-                self.assertNotIn("Recover:", run.err)
-
-    def test_is_gone_when_nothing_was_sent(self) -> None:
-        self.point_at(f"http://127.0.0.1:{self.closed_port()}/v1")
-        self.check(self.run_tool(*FOX, "--retries", "0"), 7)
-        self.assertEqual(self.jobs(), [])
-
-    def test_is_not_made_for_a_call_that_ends_before(self) -> None:
-        self.serve_base()
-        (self.work / "fox.png").write_bytes(b"mine")
-        self.check(self.run_tool(*FOX, "-o", "fox.png"), 2)
-        self.check(self.run_tool(*FOX, "--dry-run"), 0)
-        self.assertEqual(self.jobs(), [])
-
-    def test_what_is_kept_tells_how_to_recover_it(self) -> None:
-        """The last line on stderr runs as it stands, wherever the script lies."""
-        place = self.tmp / "it's a $(bad) place"
-        place.mkdir()
+    def test_the_last_line_runs_as_it_stands(self) -> None:
+        """Wherever the script lies, and wherever the line is run."""
+        place = self.new_folder("it's a $(bad) place")
         self.script = Path(shutil.copy(self.script, place))
         self.serve_base(CUT)
-        run = self.check(self.run_tool(*FOX, "--n", "2", "--quiet"), 8)
+        run = self.check(self.run_tool(*FOXES, "--quiet", "--json"), 8)
+        (job,) = self.jobs()
+        self.assertEqual((run.json["job_id"], run.json["recover_id"]), (job.name, job.name))
         last = run.err.splitlines()[-1]
-        self.assertRegex(last, "^Recover: .* recover " + self.jobs()[0].name + "$")
-        shell = ["sh", "-c", last[len("Recover: ") :]]
+        self.assertRegex(last, f"^Recover: .* recover {job.name}$")
+        command = ["sh", "-c", last[len("Recover: ") :]]
         done = subprocess.run(
-            shell,
-            env=self.env,
-            cwd=self.home,
-            capture_output=True,
-            check=False,
+            command, env=self.env, cwd=self.home, capture_output=True, check=False
         )
-        self.assertEqual(done.returncode, 9, self.story(run))
-        (saved,) = Run([], 9, done.stdout, "").saved
-        self.assertEqual(saved.read_bytes(), FIRST)
-        self.assertEqual(saved.parent, self.work, "where the call would have put it")
+        rescued = self.check(Run(command, done.returncode, done.stdout, ""), 9)
+        self.assertEqual(self.pictures(rescued), ["first", "second"])
+        self.assertEqual({path.parent for path in rescued.saved}, {self.work})
 
     def test_an_answer_without_a_byte_is_kept_but_not_offered(self) -> None:
-        self.serve_base(Reply(silent=True))
-        run = self.check(self.run_tool(*FOX), 8)
-        self.assertEqual(len(self.jobs()), 1)
-        self.assertNotIn("Recover:", run.err)
+        self.serve_base(SILENT)
+        run = self.check(self.run_tool(*FOX, "--json"), 8)
+        self.assertEqual(run.json["job_id"], self.jobs()[0].name)
+        self.assertIsNone(run.json["recover_id"])
+        self.assertNotIn("Recover:", run.err + self.recover("--last", code=10).err)
 
-    def test_an_echo_of_the_key_is_blanked(self) -> None:
-        body = answer(FIRST).body[:-9] + f"  {KEY} {KEY}{KEY}".encode()
+    def test_an_echo_of_the_key_is_blanked_and_nothing_else(self) -> None:
+        """Also one that ends beyond a window of the file, of any power of two."""
+        gaps = [(1 << power) - len(KEY) // 2 for power in range(12, 23)]
+        body = b"".join(b"{" + b"x" * (gap - 1) + KEY.encode() for gap in gaps) + KEY.encode()
         job = self.kept(Reply(200, body, [("X-Echo", f"Bearer {KEY}")]))
         kept = (job / "response.json").read_bytes()
-        self.assertEqual(len(kept), len(body), "no byte is lost or moved")
-        self.assertEqual(kept[: body.index(KEY.encode())], body[: body.index(KEY.encode())])
+        self.assertTrue(kept == body.replace(KEY.encode(), b"*" * len(KEY)))
         self.assertEqual(self.files_with(KEY), [])
+        self.assertNotIn(KEY, str(self.recover(job.name, code=10)))
 
-    def test_an_echo_of_the_key_is_blanked_where_buffers_meet(self) -> None:
-        """Wherever in a large answer it stands, windows of a power of two included."""
-        filler = b'{"note": "' + b"x" * 4_300_000
-        body = bytearray(filler)
-        for power in range(12, 23):
-            start = (1 << power) - len(KEY) // 2
-            body[start : start + len(KEY)] = KEY.encode()
-        job = self.kept(Reply(200, bytes(body)))
-        self.assertEqual((job / "response.json").stat().st_size, len(body))
-        self.assertEqual(self.files_with(KEY), [])
-
-    def test_empty_ones_are_swept_after_a_week(self) -> None:
-        self.aged(self.kept(Reply(silent=True)), 7.1)
-        self.serve_base(answer(FIRST))
-        self.check(self.run_tool(*FOX), 0)
-        self.assertEqual(self.jobs(), [])
-
-    def test_others_are_not_swept(self) -> None:
-        for reply, days in ((CUT, 30), (Reply(silent=True), 6.9)):
-            with self.subTest(days=days):
+    def test_what_is_empty_goes_after_a_week(self) -> None:
+        """So does what never had a record: its script was killed while it made the folder."""
+        for name, reply, days, has_record, stays in (
+            ("empty, old", SILENT, 7.1, True, False),
+            ("empty", SILENT, 6.9, True, True),
+            ("with an answer, old", CUT, 30, True, True),
+            ("without a record, old", SILENT, 7.1, False, False),
+            ("without a record", SILENT, 6.9, False, True),
+        ):
+            with self.subTest(name):
                 job = self.aged(self.kept(reply), days)
+                if not has_record:
+                    (job / "job.json").unlink()
                 self.serve_base(answer(FIRST))
-                self.check(self.run_tool("generate", "another fox"), 0)
-                self.assertEqual(self.jobs(), [job])
-                shutil.rmtree(job)
-
-    def test_an_unknown_outcome_says_so(self) -> None:
-        self.serve_base(page(502, "Bad Gateway"))
-        run = self.check(self.run_tool(*FOX, "--json"), 8)
-        self.assertTrue(run.json["error"]["maybe_billed"])
-        self.assertEqual(run.json["job_id"], self.jobs()[0].name)
-        self.assertEqual(run.json["recover_id"], self.jobs()[0].name)
+                self.check(self.run_tool("generate", "a hen"), 0)
+                self.assertEqual(self.jobs(), [job] if stays else [])
+                shutil.rmtree(job, ignore_errors=True)
 
 
-class TestResumed(Stage):
+class TestPlace(JobCase):
+    """Where jobs are kept if the state folder can't take them: below TMPDIR, if that is ours."""
+
+    def test_below_tmpdir_where_that_folder_is_ours_alone(self) -> None:
+        """What another user may have put there, or may read, is neither used nor shown."""
+        uid = self.tmp.stat().st_uid
+        spare = self.tmp / "tmp" / f"gpt-image-2-{uid}"
+        elsewhere = self.new_folder("elsewhere") / "state"
+        (self.tmp / "file").write_bytes(b"")
+        self.env["XDG_STATE_HOME"] = str(self.tmp / "file" / "state")
+        job = self.kept()
+        self.assertEqual(job.parent, spare / "jobs")
+        self.assertEqual([stat.S_IMODE(p.stat().st_mode) for p in (spare, job.parent)], [0o700] * 2)
+        self.assertIn(job.name, self.recover().out)
+        self.assertEqual(self.pictures(self.recover("--last", code=9)), ["first", "second"])
+
+        def make_it_a_link() -> None:
+            spare.chmod(0o700)
+            spare.rename(elsewhere)
+            spare.symlink_to(elsewhere)
+
+        def make_it_another_users() -> None:
+            """Be the next user, and let us have made the folder of that one's name."""
+            elsewhere.rename(spare.with_name(f"gpt-image-2-{uid + 1}"))
+            getuid = mock.patch("os.getuid", return_value=uid + 1)
+            getuid.start()
+            self.addCleanup(getuid.stop)
+
+        changes: dict[str, Callable[[], object]] = {
+            "readable": lambda: spare.chmod(0o740),
+            "writable": lambda: spare.chmod(0o702),
+            "a link": make_it_a_link,
+            "another user's": make_it_another_users,
+        }
+        for name, change in changes.items():
+            change()
+            with self.subTest(name):
+                api = self.serve_base()
+                self.check(self.run_tool(*FOX), 3)
+                self.no_request(api)
+                self.assertNotIn(job.name, self.recover().out)
+
+    def test_a_state_folder_that_cannot_be_read_is_not_called_empty(self) -> None:
+        self.kept()
+        jobs = self.state / "gpt-image-2" / "jobs"
+        jobs.chmod(0)
+        self.heed_permissions()
+        for words in ([], ["--last"], ["--all"], ["--clean"]):
+            with self.subTest(words):
+                self.assertRegex(self.recover(*words, code=3).err, "cannot read /.*permission")
+
+
+# ---- Resuming ---------------------------------------------------------------------------------
+
+
+class TestResumed(JobCase):
     """A call whose script was killed is finished by the same command, and by no other."""
 
     def setUp(self) -> None:
         super().setUp()
         self.release = threading.Event()
 
-    def held(self, *pictures: bytes) -> Api:
-        """Serve one picture a POST, each once self.release is set."""
-        return self.serve_base(*(answer(p)._replace(before=self.release) for p in pictures))
+    def held(self, *replies: Reply | bytes) -> Api:
+        """Serve replies, or one picture each, once self.release is set."""
+        whole = (answer(reply) if isinstance(reply, bytes) else reply for reply in replies)
+        return self.serve_base(*(reply._replace(before=self.release) for reply in whole))
 
-    def killed(self, api: Api, *argv: Argument) -> None:
-        """Start a call, and kill its script while the server has its request."""
-        posts = len(api.posts)
-        tool = self.start_tool(*argv)
-        api.wait_for_request(posts + 1)
-        tool.kill()
-        self.finish(tool)
+    def resumed(self, *argv: Argument, code: int = 0) -> Run:
+        """Run a command that must finish another's job, and send nothing."""
+        posts = len(self.servers[-1].posts)
+        run = self.check(self.run_tool(*argv), code)
+        self.assertIn("resumed", run.err)
+        self.assertEqual(len(self.servers[-1].posts), posts)
+        return run
 
-    def all_curls_ended(self) -> None:
-        """Let the answers come, and wait until every curl has them."""
-        self.release.set()
-        self.wait_until(lambda: not self.processes("curl"))
-
-    def test_finishes_the_request_under_way(self) -> None:
+    def test_the_request_under_way_is_finished(self) -> None:
         api = self.held(FIRST)
         self.killed(api, *FOX)
         again = self.start_tool(*FOX, "--json")
@@ -240,191 +279,416 @@ class TestResumed(Stage):
         run = self.check(self.finish(again), 0)
         self.assertIs(run.json["resumed"], True)
         self.assertEqual(Path(run.json["images"][0]["path"]).read_bytes(), FIRST)
-        self.assertEqual(len(api.posts), 1)
-        self.assertEqual(self.jobs(), [])
+        self.assertEqual((len(api.posts), self.jobs()), (1, []))
 
-    def test_finishes_an_answer_that_came_meanwhile(self) -> None:
-        api = self.held(FIRST)
-        self.killed(api, *FOX, "-o", "fox.png")
-        self.all_curls_ended()
-        run = self.check(self.run_tool(*FOX, "-o", "fox.png"), 0)
-        self.assertIn("resumed", run.err)
+    def test_an_answer_that_came_meanwhile_is_finished(self) -> None:
+        """However the same prompt, output and input bytes are given."""
+        for name in ("in.png", "copy.png"):
+            (self.work / name).write_bytes(png(64, 64))
+        self.killed(self.held(FIRST), "edit", "in.png", "a fox", "-o", "out/../fox.png")
+        self.let_come(self.release)
+        run = self.resumed("edit", "copy.png", "--prompt", "a fox", "-o", "fox.png")
         self.assertEqual(run.saved, [self.work / "fox.png"])
-        self.assertEqual(run.saved[0].read_bytes(), FIRST)
-        self.assertEqual(len(api.posts), 1)
-        self.assertEqual(self.jobs(), [])
-
-    def test_a_call_of_its_own_is_not_resumed(self) -> None:
-        self.serve_base(answer(FIRST))
-        run = self.check(self.run_tool(*FOX, "--json"), 0)
-        self.assertIs(run.json["resumed"], False)
-        self.assertNotIn("resumed", run.err)
-
-    def test_the_way_in_which_a_prompt_comes_does_not_matter(self) -> None:
-        api = self.held(FIRST)
-        self.killed(api, *FOX)
-        self.release.set()
-        self.assertIn("resumed", self.check(self.run_tool("generate", "-", stdin="a fox\n"), 0).err)
-        self.assertEqual(len(api.posts), 1)
+        self.assertEqual((self.pictures(run), self.jobs()), (["first"], []))
 
     def test_another_request_is_sent(self) -> None:
-        for name, argv in {
-            "prompt": ("generate", "a red fox"),
-            "size": (*FOX, "--size", "1024x1536"),
-            "quality": (*FOX, "--quality", "low"),
-            "number": (*FOX, "--n", "2"),
-            "output": (*FOX, "-o", "other.png"),
-            "folder": (*FOX, "--output-dir", "other"),
-            "any field": (*FOX, "--param", "seed=1"),
-        }.items():
+        (self.work / "in.png").write_bytes(png(64, 64))
+        edit = ("edit", "in.png", "a fox")
+        for name, first, second in (
+            ("prompt", FOX, ("generate", "a red fox")),
+            ("size", FOX, (*FOX, "--size", "1024x1536")),
+            ("any field", FOX, (*FOX, "--param", "seed=1")),
+            ("output", FOX, (*FOX, "-o", "other.png")),
+            ("folder", FOX, (*FOX, "--output-dir", "other")),
+            ("forced by --new", FOX, (*FOX, "--new")),
+            ("input bytes", edit, edit),
+            ("host", FOX, FOX),
+        ):
             with self.subTest(name):
-                api = self.held(FIRST, SECOND)
-                self.killed(api, *FOX)
-                self.all_curls_ended()
-                run = self.run_tool(*argv)
-                self.assertNotIn("resumed", self.check(run, 9 if name == "number" else 0).err)
-                self.assertEqual(run.saved[0].read_bytes(), SECOND)
-                self.assertEqual(len(api.posts), 2)
-                self.assertIn("resumed", self.check(self.run_tool(*FOX), 0).err)
-                self.assertEqual(len(api.posts), 2)
                 self.release.clear()
+                self.killed(self.held(FIRST), *first)
+                self.let_come(self.release)
+                if first == edit:
+                    (self.work / "in.png").write_bytes(png(64, 64, rgb=(1, 2, 3)))
+                if name == "host":
+                    self.serve_base()
+                self.servers[-1].script.append(answer(SECOND))
+                run = self.check(self.run_tool(*second), 0)
+                self.assertNotIn("resumed", run.err)
+                self.assertEqual(self.pictures(run), ["second"])
+                self.assertEqual(self.pictures(self.recover("--last")), ["first"])
 
-    def test_another_host_is_asked(self) -> None:
-        api = self.held(FIRST)
-        self.killed(api, *FOX)
+    def test_each_answer_is_finished_once(self) -> None:
+        """Three calls at once, of which two are killed; then three more, of which one sends."""
+        api = self.held(FIRST, SECOND, THIRD, FIRST)
+        living, *others = (self.start_tool(*FOX) for _ in range(3))
+        api.wait_for_request(3)
+        for tool in others:
+            self.kill(tool)
+        again = [self.start_tool(*FOX) for _ in range(3)]
+        api.wait_for_request(4)
         self.release.set()
-        other = self.serve_base(answer(SECOND))
-        run = self.check(self.run_tool(*FOX), 0)
-        self.assertEqual(run.saved[0].read_bytes(), SECOND)
-        self.assertEqual(len(other.posts), 1)
+        runs = [self.check(self.finish(tool), 0) for tool in (living, *again)]
+        self.assertEqual(self.pictures(*runs), ["first", "first", "second", "third"])
+        self.assertEqual(sum("resumed" in run.err for run in runs[1:]), 2)
+        self.assertEqual((len(api.posts), self.jobs()), (4, []))
 
-    def test_new_sends_another(self) -> None:
-        api = self.held(FIRST, SECOND)
-        self.killed(api, *FOX)
-        self.release.set()
-        run = self.check(self.run_tool(*FOX, "--new"), 0)
-        self.assertNotIn("resumed", run.err)
-        self.assertEqual(run.saved[0].read_bytes(), SECOND)
-        self.assertEqual(len(api.posts), 2)
-        self.assertEqual(
-            self.pictures(self.check(self.run_tool("recover", "--all"), 0)), {FIRST, SECOND}
-        )
-
-    def test_the_job_of_a_living_script_is_not_taken(self) -> None:
-        api = self.held(FIRST, SECOND)
-        first = self.start_tool(*FOX)
-        api.wait_for_request()
-        second = self.start_tool(*FOX)
-        api.wait_for_request(2)
-        self.release.set()
-        for tool in (first, second):
-            self.assertNotIn("resumed", self.check(self.finish(tool), 0).err)
-        self.assertEqual(len(self.listing()), 2)
-
-    def test_calls_side_by_side_finish_one_each(self) -> None:
-        """Three variants of one prompt, all killed: the same three again are no new requests."""
-        api = self.held(FIRST, SECOND, THIRD)
-        for tool in self.side_by_side(3, lambda: api.wait_for_request(3)):
-            tool.kill()
-            self.finish(tool)
-        again = self.side_by_side(3, lambda: None)
-        for tool in again:
-            self.hear(tool, "resumed")
-        self.release.set()
-        runs = [self.check(self.finish(tool), 0) for tool in again]
-        self.assertEqual({run.saved[0].read_bytes() for run in runs}, {FIRST, SECOND, THIRD})
-        self.assertEqual(len(api.posts), 3)
-        self.assertEqual(self.jobs(), [])
-
-    def side_by_side(self, count: int, under_way: Callable[[], object]) -> list[Child]:
-        """Return so many identical calls that run at once, after waiting for them."""
-        tools = [self.start_tool(*FOX) for _ in range(count)]
-        under_way()
-        return tools
-
-    def test_a_call_more_than_were_killed_sends_its_own(self) -> None:
-        api = self.held(FIRST, SECOND)
-        self.killed(api, *FOX)
-        tools = self.side_by_side(2, lambda: api.wait_for_request(2))
-        self.release.set()
-        runs = [self.check(self.finish(tool), 0) for tool in tools]
-        self.assertEqual({run.saved[0].read_bytes() for run in runs}, {FIRST, SECOND})
-        self.assertEqual(len(api.posts), 2)
-
-    def test_an_edit_of_the_same_bytes_is_resumed(self) -> None:
-        api = self.held(FIRST)
-        self.killed_edit(api, png(64, 64))
-        self.release.set()
-        run = self.check(self.run_tool("edit", "in.png", "make it blue"), 0)
-        self.assertIn("resumed", run.err)
-        self.assertEqual(run.saved[0].read_bytes(), FIRST)
-        self.assertEqual(len(api.posts), 1)
-
-    def test_an_edit_of_other_bytes_is_sent(self) -> None:
-        api = self.held(FIRST, SECOND)
-        self.killed_edit(api, png(64, 64))
-        self.release.set()
-        (self.work / "in.png").write_bytes(png(64, 64, rgb=(1, 2, 3)))
-        run = self.check(self.run_tool("edit", "in.png", "make it blue"), 0)
-        self.assertNotIn("resumed", run.err)
-        self.assertEqual(run.saved[0].read_bytes(), SECOND)
-        self.assertEqual(len(api.posts), 2)
-
-    def killed_edit(self, api: Api, picture: bytes) -> None:
-        """Start an edit of a picture, and kill its script."""
-        (self.work / "in.png").write_bytes(picture)
-        self.killed(api, "edit", "in.png", "make it blue")
-
-    def test_a_refusal_that_came_meanwhile_is_told(self) -> None:
-        reply = refusal(400, "moderation_blocked", "Blocked.")._replace(before=self.release)
-        api = self.serve_base(reply)
-        self.killed(api, *FOX)
-        self.all_curls_ended()
-        run = self.check(self.run_tool(*FOX), 5)
-        self.assertIn("resumed", run.err)
-        self.assertIn("Blocked", run.err)
-        self.assertEqual(len(api.posts), 1)
-        self.assertEqual(self.jobs(), [])
-
-    def test_an_answer_cut_meanwhile_is_not_paid_again(self) -> None:
-        reply = CUT._replace(before=self.release)
-        api = self.serve_base(reply)
-        self.killed(api, *FOX, "--n", "2")
-        self.all_curls_ended()
-        run = self.check(self.run_tool(*FOX, "--n", "2"), 8)
-        self.assertIn("resumed", run.err)
-        self.assertIn("--new", run.err, "the way to another one")
-        self.assertEqual(len(api.posts), 1)
-        self.assertEqual(self.pictures(self.check(self.run_tool("recover", "--last"), 9)), {FIRST})
+    def test_what_came_meanwhile_is_told_and_not_paid_again(self) -> None:
+        for reply, code, told, pictures in (
+            (refusal(400, "moderation_blocked", "Blocked."), 5, "Blocked", []),
+            (CUT, 8, "--new", ["first", "second"]),
+        ):
+            with self.subTest(told):
+                self.release.clear()
+                self.killed(self.held(reply), *FOXES)
+                self.let_come(self.release)
+                self.assertIn(told, self.resumed(*FOXES, code=code).err)
+                self.assertEqual(len(self.jobs()), 1 if pictures else 0)
+                run = self.recover("--all", code=9 if pictures else 0)
+                self.assertEqual(self.pictures(run), pictures)
 
     def test_a_request_that_left_nothing_is_sent_again_with_a_warning(self) -> None:
         """Its curl is gone without a byte: nothing is under way that could be finished."""
-        api = self.serve_base(Reply(silent=True, before=self.release), answer(SECOND))
+        api = self.held(SILENT, SECOND)
         self.killed(api, *FOX)
-        self.all_curls_ended()
+        self.let_come(self.release)
         run = self.check(self.run_tool(*FOX), 0)
         self.assertNotIn("resumed", run.err)
         self.assertIn("billed", run.err)
         self.assertEqual(len(api.posts), 2)
 
-    def test_the_answer_is_finished_only_once(self) -> None:
-        api = self.held(FIRST, SECOND)
-        self.killed(api, *FOX)
-        self.all_curls_ended()
-        tools = self.side_by_side(2, lambda: None)
-        runs = [self.check(self.finish(tool), 0) for tool in tools]
-        self.assertEqual({run.saved[0].read_bytes() for run in runs}, {FIRST, SECOND})
-        self.assertEqual(["resumed" in run.err for run in runs].count(True), 1)
-        self.assertEqual(len(api.posts), 2)
 
-    def test_an_answer_half_there_is_resumed(self) -> None:
-        """The second call comes in the middle of the body."""
-        tool, release = held_mid_answer(self)
-        tool.kill()
-        self.finish(tool)
-        again = self.start_tool(*FOXES)
-        self.hear(again, "resumed")
+class TestLastMoment(JobCase):
+    """An answer ends, and its curl with it, just as somebody looks whether that curl lives.
+
+    Who had looked for the answer before would take the job for one that left nothing.
+    """
+
+    def at_the_look(self, release: threading.Event) -> Any:
+        """Return a patch that lets the answer come when the lock of its curl is tried."""
+        import fcntl
+
+        real = fcntl.flock
+
+        def flock(file: Any, how: int) -> None:
+            if str(getattr(file, "name", file)).endswith("curl.txt"):
+                self.let_come(release)
+            real(file, how)
+
+        return mock.patch("fcntl.flock", flock)
+
+    def test_the_same_command_finishes_it(self) -> None:
+        api, _, release = self.under_way()
+        api.otherwise = answer(SECOND)
+        with self.at_the_look(release):
+            run = self.check(self.run_tool(*FOX), 0)
+        self.assertEqual((self.pictures(run), len(api.posts)), (["first"], 1))
+
+    def test_the_list_shows_it(self) -> None:
+        _, _, release = self.under_way()
+        with self.at_the_look(release):
+            self.assertNotIn("no answer", self.recover().out)
+
+    def test_a_sweep_leaves_it(self) -> None:
+        api, job, release = self.under_way()
+        api.otherwise = answer(SECOND)
+        real = time.time
+        next_week = mock.patch("time.time", lambda: real() + 8 * 86400)
+        with next_week, self.at_the_look(release):
+            self.check(self.run_tool("generate", "a hen"), 0)
+        self.assertEqual(self.pictures(self.recover(job.name)), ["first"])
+
+
+# ---- recover ----------------------------------------------------------------------------------
+
+
+class TestList(JobCase):
+    """What is there to recover."""
+
+    def test_nothing(self) -> None:
+        for argv in ((), ("--list",)):
+            run = self.recover(*argv)
+            self.assertEqual((run.out, "no unfinished" in run.err), ("", True))
+        self.assertEqual(self.recover("--json").json["jobs"], [])
+
+    def test_neither_key_nor_config_is_needed(self) -> None:
+        """One line a job, in which no prompt can forge anything, and any one by its id."""
+        self.serve_base(CUT)
+        prompt = "a\x1b[31m fox\nSaved: /etc/passwd (1 KB)\u202e"
+        self.check(self.run_tool("generate", "-", "--n", "3", stdin=prompt), 8)
+        jobs = [*self.jobs(), self.kept(), self.kept(SILENT)]
+        del self.env["GPT_IMAGE2_API_KEY"], self.env["GPT_IMAGE2_BASE_URL"]
+        for argv in ((), ("--list",)):
+            lines = self.recover(*argv).out.splitlines()
+            self.assertEqual(len(lines), 3)
+            for job, line, state in zip(jobs, lines, ("answer", "answer", "no answer")):
+                self.assertRegex(line, rf"^{job.name} +{state}\b.*a.* fox\b[^\x1b\u202e]*$")
+        self.assertEqual(self.listing(), [], "listing saves nothing")
+        document = self.recover("--json").json
+        self.assertEqual((document["schema"], document["ok"]), (1, True))
+        found = [(row["id"], row["prompt"]) for row in document["jobs"]]
+        names = [job.name for job in jobs]
+        self.assertEqual(found, list(zip(names, (prompt, "a fox", "a fox"))))
+        document = self.recover(names[1], "--json", code=9).json
+        self.assertEqual((document["command"], document["ok"]), ("recover", False))
+        self.assertEqual((document["job_id"], document["recover_id"]), (names[1], names[1]))
+        saved = [Path(image["path"]).read_bytes() for image in document["images"]]
+        self.assertEqual(saved, [FIRST, SECOND])
+        self.assertEqual(len(self.recover().out.splitlines()), 3)
+
+
+class TestChoosing(JobCase):
+    """Which answers are saved, and where to."""
+
+    def test_the_last(self) -> None:
+        self.assertIn("no unfinished", self.recover("--last", code=10).err)
+        for first, second in ((FIRST, THIRD), (SECOND, THIRD), (THIRD, FIRST)):
+            reply = answer(first, second)
+            self.kept(reply._replace(cut=reply.body.index(b64(second).encode()) + 99))
+            self.assertEqual(self.pictures(self.recover("--last", code=9)), [NAMES[first]])
+
+    def test_all(self) -> None:
+        """Exit 10 where nothing could be saved, 9 where something could, 0 where all is there."""
+        api = self.serve_base()
+        for name in "ab":
+            api.script.append(answer(api.put(f"/{name}.png", Reply(404))))
+            self.check(self.run_tool("generate", name), 10)
+        jobs = {job.name for job in self.jobs()}
+        document = self.recover("--all", "--json", code=10).json
+        self.assertEqual((document["ok"], document["error"]["exit_code"]), (False, 10))
+        self.assertEqual({job["job_id"] for job in document["jobs"]}, jobs)
+        for name, picture, code in (("a", FIRST, 9), ("b", SECOND, 0)):
+            api.put(f"/{name}.png", picture)
+            self.assertEqual(self.pictures(self.recover("--all", code=code)), [NAMES[picture]])
+        self.assertEqual(self.jobs(), [])
+
+    def test_an_unknown_id(self) -> None:
+        self.kept()
+        for name in ("20200101T000000Z-0123456789ab", "nonsense", "..", "../jobs", "/etc"):
+            with self.subTest(name):
+                self.assertIn(name, self.recover(name, code=10).err)
+        self.assertEqual(len(self.jobs()), 1)
+
+    def test_places(self) -> None:
+        """Without options where the call would have put it; never over another file, unasked."""
+        there = self.work / "there"
+        taken = there / "b-1.png"
+        for name, of_the_call, options, wanted in (
+            ("as planned", ("-o", "there/a.png"), (), ["a-1.png", "a-2.png"]),
+            ("a name is taken", ("-o", "there/b.png"), (), ["b-1-2.png", "b-2.png"]),
+            ("a file", (), ("-o", there / "c.png"), ["c-1.png", "c-2.png"]),
+            ("replaced", (), ("-o", there / "b.png", "--force"), ["b-1.png", "b-2.png"]),
+            ("a folder", (), ("--output-dir", there), None),
+        ):
+            with self.subTest(name):
+                job = self.kept(CUT, 8, *of_the_call)
+                taken.parent.mkdir(exist_ok=True)
+                taken.write_bytes(b"mine")
+                run = self.check(self.run_tool("recover", job.name, *options, cwd=self.home), 9)
+                self.assertEqual(self.pictures(run), ["first", "second"])
+                self.assertEqual([path.name for path in run.saved], wanted or mock.ANY)
+                self.assertEqual({path.parent for path in run.saved}, {taken.parent})
+                self.assertEqual(taken.read_bytes() == b"mine", name != "replaced")
+                taken.unlink()
+        job = self.kept()
+        self.assertIn("exists", self.recover(job.name, "-o", there / "c.png", code=2).err)
+        self.assertIn(job.name, self.recover().out)
+
+
+class TestSalvage(JobCase):
+    """Whole pictures out of what is no whole answer."""
+
+    def test_a_stream_whose_script_was_killed(self) -> None:
+        """Its picture is brought once, and its previews are none."""
+        preview = {"type": "image_generation.partial_image", "b64_json": b64(SECOND)}
+        torn = b'event: x\ndata: {"type": "image_generation.completed", "b64_json": "iVBORw0K'
+        release = threading.Event()
+        reply = event_stream(preview, release, completed_event(FIRST), preview, torn)
+        api = self.serve_base(reply._replace(framing="length", content_length=999_999))
+        self.killed(api, *FOXES)
         release.set()
-        run = self.check(self.finish(again), 0)
-        self.assertEqual(self.pictures(run), {FIRST, SECOND, THIRD})
-        self.assertEqual(len(self.servers[0].posts), 1)
+        self.assertEqual(self.pictures(self.recover("--last", code=9)), ["first"])
+        self.assertEqual(len(self.listing()), 1)
+
+    def test_links_are_fetched_again_without_another_hosts_key(self) -> None:
+        api = self.serve_base()
+        api.script.append(answer(api.put("/fox.png", Reply(403))))
+        self.check(self.run_tool(*FOX), 10)
+        before = len(api.gets)
+        self.serve_base()
+        for _ in range(2):
+            self.assertIn("403", self.recover("--last", code=10).err)
+        api.put("/fox.png", FIRST)
+        self.assertEqual(self.pictures(self.recover("--last")), ["first"])
+        self.assertEqual(len(api.gets), before + 3)
+        self.assertNotIn(KEY, "".join(map(str, api.gets[before:])))
+
+
+class TestWaiting(JobCase):
+    """Beside a curl, a call or another recover that still runs."""
+
+    def test_a_curl_that_runs_is_waited_for_or_not(self) -> None:
+        _, job, release = self.under_way()
+        run = self.recover(job.name, "--no-wait", code=10)
+        self.assertRegex(run.err, "still runs|under way|running")
+        self.assertRegex(self.recover().out, f"{job.name} +under way")
+        self.recover("--clean", "--older-than", "0s")
+        tool = self.waiting_recover(job)
+        release.set()
+        self.assertEqual(self.pictures(self.check(self.finish(tool), 0)), ["first"])
+        self.assertEqual(self.jobs(), [])
+        self.assertIn(job.name, self.recover(job.name, code=10).err)
+        run = self.recover(self.kept().name, "--no-wait", code=9)
+        self.assertEqual(self.pictures(run), ["first", "second"], "no curl runs there")
+
+    def test_meanwhile_the_same_command_pays_for_no_other(self) -> None:
+        """And when recover is stopped, the curl goes on, and its answer can be recovered later."""
+        api, job, release = self.under_way()
+        curl = self.the_curl()
+        tool = self.waiting_recover(job)
+        run = self.check(self.run_tool(*FOX, "--json"), 8)
+        self.assertEqual(run.json["error"]["code"], "under_way")
+        self.assertRegex(self.recover(job.name, code=10).err, "under way|running")
+        tool.send_signal(signal.SIGTERM)
+        run = self.check(self.finish(tool), 143)
+        self.assertEqual(self.processes(), [curl])
+        self.assertRegex(run.err.splitlines()[-1], "^Recover: ")
+        release.set()
+        self.assertEqual(self.pictures(self.recover("--last")), ["first"])
+        self.assertEqual(len(api.posts), 1)
+
+    def test_beside_the_call_itself(self) -> None:
+        tool, release = self.mid_answer()
+        (job,) = self.jobs()
+        self.assertRegex(self.recover(job.name, code=10).err, "under way|running")
+        self.recover("--clean", "--older-than", "0s")
+        self.assertEqual(self.jobs(), [job])
+        release.set()
+        run = self.check(self.finish(tool), 0)
+        self.assertEqual(self.pictures(run), ["first", "second", "third"])
+
+    def test_again_and_side_by_side(self) -> None:
+        """Every picture is there, and none is spoilt, whoever comes first."""
+        job = self.kept(CUT, 8, "-o", "fox.png")
+        tools = [self.start_tool("recover", job.name) for _ in range(2)]
+        runs = [self.finish(tool) for tool in tools] + [self.recover(job.name, code=9)]
+        for run in runs:
+            self.check(run, 9 if run.saved else 10)
+        self.assertEqual(set(self.pictures(*runs)), {"first", "second"})
+        self.assertEqual(self.listing(), ["fox-1.png", "fox-2.png"])
+
+
+class TestUpkeep(JobCase):
+    """Old jobs, and those that are not as we left them."""
+
+    def test_a_broken_record_is_said_and_its_answer_stays(self) -> None:
+        for name, text in {
+            "cut": b'{"schema": 1, "fie',
+            "no object": b"[]",
+            "empty object": b"{}",
+            "100,000 deep": b"[" * 100_000,
+            "odd types": b'{"fields": 5, "target": [], "base_url": {}, "command": null}',
+        }.items():
+            with self.subTest(name):
+                job = self.kept()
+                (job / "job.json").write_bytes(text)
+                self.assertIn(job.name, self.recover().out)
+                self.assertEqual(self.recover(job.name, code=10).saved, [])
+                self.assertTrue((job / "response.json").stat().st_size)
+        self.kept()
+        self.assertEqual(self.pictures(self.recover("--all", code=9)), ["first", "second"])
+
+    def test_clean_removes_what_is_old(self) -> None:
+        for name, options, gone, stays in (
+            ("a week", [], 7.1, 6.9),
+            ("as said", ["--older-than", "2d"], 2.1, 1.9),
+        ):
+            with self.subTest(name):
+                self.aged(self.kept(), gone)
+                new = self.aged(self.kept(), stays)
+                self.recover("--clean", *options)
+                self.assertEqual(self.jobs(), [new])
+                shutil.rmtree(new)
+        self.kept()
+        for age in ("", "x", "-1d", "7 days", "１d", "nan"):
+            self.recover("--clean", f"--older-than={age}", code=2)
+        self.assertEqual(len(self.jobs()), 1)
+
+
+# ---- Signals ----------------------------------------------------------------------------------
+
+
+class TestStopped(JobCase):
+    """INT, TERM and HUP: what is said, what is kept, and that no curl goes on."""
+
+    def ended(self, tool: Child[bytes], code: int) -> Run:
+        """Return how a stopped call ended; no process may be left by then."""
+        run = self.check(self.finish(tool), code)
+        self.assertEqual(self.processes(), [], self.story(run))
+        return run
+
+    def test_just_as_curl_starts(self) -> None:
+        """A signal before the wait begins is not slept through; what it costs is said in a line."""
+        real = subprocess.Popen
+
+        def start(*argv: Any, **options: Any) -> Any:
+            process = real(*argv, **options)
+            os.kill(os.getpid(), signal.SIGINT)
+            return process
+
+        self.serve_base(answer(FIRST)._replace(before=threading.Event()), strict=False)
+        with mock.patch("subprocess.Popen", start):
+            run = self.check(self.run_tool(*FOX, "--timeout", "9", "--quiet"), 130)
+        self.assertRegex(run.err, r"^.*SIGINT.*may have been billed.*\n$")
+        self.assertEqual(self.processes(), [])
+
+    def test_while_the_key_is_fetched(self) -> None:
+        api = self.serve()
+        self.configure(base_url=api.base_url, api_key_command=["sleep", "600"])
+        tool = self.start_tool(*FOX)
+        self.wait_until(lambda: self.processes("sleep"))
+        tool.send_signal(signal.SIGINT)
+        run = self.check(self.finish(tool), 130)
+        for sleeper in self.processes("sleep"):  # that had not been waited for yet
+            os.kill(sleeper, signal.SIGTERM)
+        self.assertNotIn("may have been billed", run.err)
+        self.assertEqual(self.jobs(), [])
+        self.no_request(api)
+
+    def test_the_terminal_sends_it_to_all(self) -> None:
+        """Ctrl-C goes to the foreground's whole process group; curl is not in it."""
+        self.launcher = ("setsid",)
+        tool, release = self.mid_answer()
+        curl = self.the_curl()
+        self.assertEqual(os.getsid(curl), curl)
+        os.killpg(tool.pid, signal.SIGINT)
+        self.hear(tool, "10 s")
+        release.set()
+        self.assertEqual(self.pictures(self.ended(tool, 0)), ["first", "second", "third"])
+
+    def test_what_was_saved_before_stays(self) -> None:
+        """During the download of the second picture."""
+        api = self.serve_base()
+        link = api.put("/b.png", Reply(before=threading.Event()))
+        api.script.append(answer(api.put("/a.png", FIRST), link))
+        tool = self.start_tool(*FOX, "--n", "2")
+        api.wait_for_request(3)
+        tool.send_signal(signal.SIGTERM)
+        run = self.ended(tool, 143)
+        self.assertEqual(self.pictures(run), ["first"])
+        self.assertRegex(run.err.splitlines()[-1], "^Recover: ")
+        api.put("/b.png", SECOND)
+        self.assertEqual(self.pictures(self.recover("--last")), ["first", "second"])
+        self.assertEqual(self.jobs(), [])
+
+    def test_what_the_parent_ignores_stays_ignored(self) -> None:
+        """As under nohup, or in the background of a script; other signals are heeded."""
+        self.shell('trap "" HUP INT; exec "$@"')
+        _, tool, release = self.waiting()
+        for number in (signal.SIGHUP, signal.SIGINT):
+            tool.send_signal(number)
+        release.set()
+        self.assertEqual(self.pictures(self.ended(tool, 0)), ["first"])
+        _, tool, _ = self.waiting()
+        tool.send_signal(signal.SIGTERM)
+        self.ended(tool, 143)

@@ -1,4 +1,4 @@
-"""Settings: where each value comes from, what is refused, and what reaches the wire."""
+"""Settings: where each value comes from, which key goes to which host, and the config command."""
 
 from __future__ import annotations
 
@@ -7,36 +7,75 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Mapping, NamedTuple
+from unittest import mock
+from urllib.parse import quote
 
-from gpt_image2 import parse_base_url
+from tests.case import Run, SystemCase
 from tests.pictures import png
-from tests.support import KEY, Api, Case, Run, answer
+from tests.server import KEY, Api, Reply, Request, answer, b64, models, page, refusal
 
 OPENAI = "https://api.openai.com/v1"
+HK = "https://api.openai-hk.com/v1"
+NODEKEY = "https://nodekey.xinghanyun.cn/v1"
+RELAY, PLAIN = "https://relay.example/v1", "http://relay.example/v1"
+OTHER = "https://other.example/v1"
+PICTURE = png(8, 8)
+
+FLAG_KEY = "sk-from-the-flag-0123456789"
+ENV_KEY = "sk-from-the-environment-0123456789"
+FILE_KEY = "sk-from-the-file-0123456789"
+PROFILE_KEY = "sk-from-the-profile-0123456789"
+OPENAI_KEY = "sk-from-openai-api-key-0123456789"
+ODD_KEY = "sk-test/0123+4567=89&abc?def~ghi"  # every spelling of it differs
 
 
-class SettingsCase(Case):
-    """A case that asks the tool what it would do."""
+class SettingsCase(SystemCase):
+    """A case around the usual config file, that asks the tool what it would do."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.path = self.config / "gpt-image-2" / "config.json"
+
+    def config_tool(self, *argv: str, code: int = 0, env: Mapping[str, str] = {}) -> Run:
+        return self.check(self.run_tool("config", *argv, env=env), code)
 
     def shown(self, *argv: str) -> dict[str, Any]:
         """Return every setting's value as `config --show` has it."""
-        run = self.check(self.run_tool("config", "--show", "--json", *argv), 0)
-        return {key: row["value"] for key, row in run.json["settings"].items()}
+        settings = self.config_tool("--show", "--json", *argv).json["settings"]
+        return {key: row["value"] for key, row in settings.items()}
 
-    def planned(self, *argv: str) -> dict[str, Any]:
+    def planned(self, *argv: str, env: Mapping[str, str] = {}) -> Any:
         """Return what `generate --dry-run` would send."""
-        run = self.check(self.run_tool("generate", "a fox", "--dry-run", "--json", *argv), 0)
-        plan = run.json["dry_run"]
-        assert isinstance(plan, dict)
-        return plan
+        return self.generate("--dry-run", "--json", *argv, env=env).json["dry_run"]
 
-    def write_json(self, path: Path, value: Any) -> Path:
-        """Write a file that only its owner can read."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value), encoding="utf-8")
-        path.chmod(0o600)
-        return path
+    def model(self, *argv: str) -> Any:
+        """Return the model in force, by which tests tell config files apart."""
+        return self.planned(*argv)["fields"]["model"]
+
+    def refused(self, code: int, fact: str, *argv: str, env: Mapping[str, str] = {}) -> Run:
+        """Assert that a call ends with one line that tells a fact, and leaves nothing."""
+        run = self.generate(*argv, code=code, env=env)
+        self.assertRegex(run.err, rf"\Agpt-image2: .*{re.escape(fact)}.*\n\Z")
+        self.assertEqual((run.out, self.listing(), self.jobs()), ("", [], []))
+        return run
+
+    def serve_configured(self, **settings: Any) -> Api:
+        """Start a server, and write the config file that leads to it."""
+        api = self.serve(otherwise=answer(PICTURE))
+        self.configure(**{"base_url": api.base_url, "api_key": KEY, **settings})
+        return api
+
+    def generate(self, *argv: str, code: int = 0, env: Mapping[str, str] = {}) -> Run:
+        return self.check(self.run_tool("generate", "a fox", *argv, env=env), code)
+
+    def assert_hidden(self, run: Run, *secrets: str) -> None:
+        """Assert that a run printed no spelling of these."""
+        for form in (form for secret in secrets for form in spellings(secret)):
+            self.assertNotIn(form, run.out + run.err, f"\n{run}")
+
+
+# ---- Where a value comes from -----------------------------------------------------------------
 
 
 class Layers(NamedTuple):
@@ -48,18 +87,23 @@ class Layers(NamedTuple):
     file: Any
     flag: Any = None  # None: there is no such option
 
+    @property
+    def option(self) -> list[str]:
+        """The option that sets it, and its value, where there is one."""
+        return [f"--{self.key.replace('_', '-')}", str(self.flag)] if self.flag else []
+
 
 SHOWN = (
-    Layers("base_url", OPENAI, "https://e.example/v1", "https://f.example/v1", "https://g.example"),
+    Layers("base_url", OPENAI, *(f"https://{place}.example/v1" for place in "efg")),
     Layers("provider", "openai", "azure", "nodekey", "openai-hk"),
     Layers("timeout", 600, 11, 12, 13),
     Layers("connect_timeout", 20, 21, 22, 23),
     Layers("retries", 2, 3, 4),
-    Layers("model", "gpt-image-2", "gpt-image-2.5-flare", "gpt-image-2.6-flare"),
     Layers("auth_header", "Authorization: Bearer", "x-environment", "x-file"),
     Layers("image_field", "auto", "image", "image[]"),
     Layers("proxy", None, "http://e.example:1", "http://f.example:1"),
     Layers("cacert", None, "/environment.pem", "/file.pem"),
+    Layers("allow_http", False, True, False),
     Layers("history", True, False, True),
 )
 ASKED = (
@@ -74,401 +118,646 @@ ASKED = (
 class TestPrecedence(SettingsCase):
     """Flag over file over environment over default, key by key."""
 
-    def fill(self, table: tuple[Layers, ...]) -> list[str]:
-        """Set every key everywhere, and return the flags."""
-        self.configure(**{row.key: row.file for row in table})
-        for row in table:
-            self.env[f"GPT_IMAGE2_{row.key.upper()}"] = str(row.environment)
-        flags = [(f"--{row.key.replace('_', '-')}", row.flag) for row in table if row.flag]
-        return [str(word) for pair in flags for word in pair]
-
-    def test_settings_of_the_connection(self) -> None:
-        flags = self.fill(SHOWN)
-        by_flag, by_file = self.shown(*flags), self.shown()
-        self.remove_config()
-        by_environment = self.shown()
-        self.empty_environment()
-        by_default = self.shown()
-        for row in SHOWN:
-            flagged = "https://g.example/v1" if row.key == "base_url" else row.flag or row.file
-            with self.subTest(row.key):
-                self.assertEqual(by_flag[row.key], flagged)
-                self.assertEqual(by_file[row.key], row.file)
-                self.assertEqual(by_environment[row.key], row.environment)
-                self.assertEqual(by_default[row.key], row.default)
-
-    def test_settings_of_the_picture(self) -> None:
-        flags = self.fill(ASKED)
-        by_flag, by_file = self.asked(*flags), self.asked()
-        self.remove_config()
-        by_environment = self.asked()
-        self.empty_environment()
-        by_default = self.asked()
-        for row in ASKED:
-            with self.subTest(row.key):
-                self.assertEqual(by_flag[row.key], row.flag)
-                self.assertEqual(by_file[row.key], row.file)
-                self.assertEqual(by_environment[row.key], row.environment)
-                self.assertEqual(by_default[row.key], row.default)
-
-    def test_each_key_for_itself(self) -> None:
-        self.configure(quality="high")
-        self.env.update(GPT_IMAGE2_QUALITY="low", GPT_IMAGE2_MODEL="gpt-image-2.5-flare")
-        fields = self.planned("--size", "1K")["fields"]
-        wanted = {"model": "gpt-image-2.5-flare", "quality": "high", "size": "1024x1024"}
-        self.assertEqual({**fields, "prompt": None}, {**wanted, "prompt": None})
-
-    def test_an_empty_variable_sets_nothing(self) -> None:
-        self.env.update(GPT_IMAGE2_TIMEOUT="", GPT_IMAGE2_BASE_URL="")
-        shown = self.shown()
-        self.assertEqual((shown["timeout"], shown["base_url"]), (600, OPENAI))
-
-    def test_structured_values_come_from_the_environment_as_json(self) -> None:
-        self.env.update(GPT_IMAGE2_HEADERS='{"X-Team": "foxes"}', GPT_IMAGE2_ALLOW_HTTP="1")
-        shown = self.shown()
-        self.assertEqual((shown["headers"], shown["allow_http"]), ({"X-Team": "foxes"}, True))
-
-    def test_a_wrong_value_is_refused_by_its_source(self) -> None:
-        for variable, value in (
-            ("GPT_IMAGE2_TIMEOUT", "1_0"),
-            ("GPT_IMAGE2_HEADERS", "X-Team: foxes"),
-            ("GPT_IMAGE2_QUALITY", "ultra"),
-        ):
-            with self.subTest(variable=variable, value=value):
-                run = self.run_tool("generate", "a fox", "--dry-run", env={variable: value})
-                self.check(run, 3)
-                self.assertIn(variable, run.err)
-
-    def asked(self, *argv: str) -> dict[str, Any]:
-        """Return the picture's settings as a dry run has them."""
-        plan = self.planned(*argv)
+    def values(self, by_flag: bool = False) -> dict[str, Any]:
+        """Return the settings of SHOWN as they are shown, those of ASKED as they would be sent."""
+        flags = [[word for row in table for word in row.option] for table in (SHOWN, ASKED)]
+        shown = self.shown(*flags[0] * by_flag)
+        plan = self.planned(*(flags[0] + flags[1]) * by_flag)
         fields = plan["fields"]
         folder = os.path.relpath(os.path.dirname(plan["paths"][0]), self.work)
-        names = ("model", "size", "quality")
-        found = {name: fields.get(name) for name in names}
-        return {**found, "format": fields.get("output_format"), "output_dir": folder}
+        asked = {name: fields.get(name) for name in ("model", "size", "quality")}
+        return {**shown, **asked, "format": fields.get("output_format"), "output_dir": folder}
 
-    def remove_config(self) -> None:
-        """Take the config file away."""
-        (self.config / "gpt-image-2" / "config.json").unlink()
+    def test_each_setting_from_each_place(self) -> None:
+        table = (*SHOWN, *ASKED)
+        variables = {f"GPT_IMAGE2_{row.key.upper()}": str(row.environment) for row in table}
+        variables["OPENAI_BASE_URL"] = "https://o.example/v1"
+        self.env.update(variables)
+        self.configure(**{row.key: row.file for row in table})
+        found = [self.values(by_flag=True), self.values()]
+        self.path.unlink()
+        found.append(self.values())
+        self.env.update(dict.fromkeys(variables, ""))  # an empty one sets nothing
+        found.append(self.values())
+        for row in table:
+            with self.subTest(row.key):
+                due = [row.flag or row.file, row.file, row.environment, row.default]
+                self.assertEqual([values[row.key] for values in found], due)
 
-    def empty_environment(self) -> None:
-        """Take the tool's variables away."""
-        self.env = {name: v for name, v in self.env.items() if not name.startswith("GPT_IMAGE2_")}
 
+class TestFiles(SettingsCase):
+    """Which config file is in force, and what it can be that it should not be."""
 
-class TestPlaces(SettingsCase):
-    """Which config file is in force."""
-
-    def model(self, *argv: str) -> Any:
-        """Return the model in force, by which the tests tell the files apart."""
-        return self.planned(*argv)["fields"]["model"]
+    def write(self, path: Path, **settings: str) -> Path:
+        """Write a config file anywhere."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        return path
 
     def test_the_first_of_four_places_that_exists(self) -> None:
-        places = (
+        places = [
             self.config / "gpt-image-2" / "config.json",
             self.home / ".config" / "gpt-image-2" / "config.json",
             self.home / ".gpt-image-2-config.json",
             self.home / ".hermes" / "gpt-image-2-config.json",
-        )
+        ]
         for number, place in enumerate(places):
-            self.write_json(place, {"model": f"place-{number}"})
+            self.write(place, model=f"place-{number}")
         for number, place in enumerate(places):
             self.assertEqual(self.model(), f"place-{number}")
+            if number == 1:  # what it is without XDG_CONFIG_HOME
+                del self.env["XDG_CONFIG_HOME"]
+                self.assertEqual(self.model(), "place-1")
             place.unlink()
         self.assertEqual(self.model(), "gpt-image-2")
 
-    def test_without_xdg_config_home(self) -> None:
-        self.write_json(self.home / ".config/gpt-image-2/config.json", {"model": "at-home"})
-        del self.env["XDG_CONFIG_HOME"]
-        self.assertEqual(self.model(), "at-home")
-
     def test_flag_and_variable_choose_the_file(self) -> None:
         self.configure(model="usual")
-        flagged = self.write_json(self.tmp / "flagged.json", {"model": "flagged"})
-        named = self.write_json(self.tmp / "named.json", {"quality": "low"})
+        flagged = self.write(self.tmp / "flagged.json", model="flagged")
+        named = self.write(self.tmp / "named.json", quality="low")
         self.env.update(GPT_IMAGE2_CONFIG=str(named), GPT_IMAGE2_MODEL="environment")
         self.assertEqual(self.model(), "environment")  # nothing of the usual file counts
         self.assertEqual(self.model("--config", str(flagged)), "flagged")
+        self.refused(3, "no.json", "--config", "no.json")
+        self.refused(3, "no.json", env={"GPT_IMAGE2_CONFIG": "no.json"})
 
-    def test_a_named_file_that_is_not_there(self) -> None:
-        for argv, env in ((["--config", "no.json"], {}), ([], {"GPT_IMAGE2_CONFIG": "no.json"})):
-            with self.subTest(argv=argv):
-                run = self.run_tool("generate", "a fox", "--dry-run", *argv, env=env)
-                self.assertIn("no.json", self.check(run, 3).err)
-
-
-class TestProfiles(SettingsCase):
-    """A profile lies over the top level."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.profiles = {"home": {"timeout": 11}, "work": {"timeout": 22, "retries": 0}}
-        self.path = self.configure(timeout=99, retries=7, profiles=self.profiles)
-
-    def test_flag_or_variable_or_file_choose_it(self) -> None:
-        self.assertEqual(self.shown()["timeout"], 99)
-        self.assertEqual(self.shown("--profile", "home")["timeout"], 11)
-        self.env["GPT_IMAGE2_PROFILE"] = "work"
-        self.assertEqual(self.shown()["timeout"], 22)
-        self.assertEqual(self.shown("--profile", "home")["timeout"], 11)
-
-    def test_the_file_chooses_before_the_variable(self) -> None:
-        self.configure(profile="home", profiles=self.profiles)
-        self.env["GPT_IMAGE2_PROFILE"] = "work"
-        self.assertEqual(self.shown()["timeout"], 11)
-
-    def test_what_a_profile_leaves_out_is_the_top_levels(self) -> None:
-        shown = self.shown("--profile", "home")
-        self.assertEqual((shown["timeout"], shown["retries"]), (11, 7))
-        self.assertEqual(self.shown("--profile", "work")["retries"], 0)
+    def test_a_profile_lies_over_the_top_level(self) -> None:
+        profiles = {"home": {"timeout": 11}, "work": {"timeout": 22, "retries": 0}}
+        top = {"timeout": 99, "retries": 7, "profiles": profiles}
+        for chosen, flag, variable, wanted in (
+            *((None, "", "", (99, 7)), (None, "home", "", (11, 7)), (None, "", "work", (22, 0))),
+            *((None, "home", "work", (11, 7)), ("home", "", "work", (11, 7))),
+            ("home", "work", "", (22, 0)),
+        ):
+            with self.subTest(file=chosen, flag=flag, variable=variable):
+                self.configure(profile=chosen, **top)
+                self.env["GPT_IMAGE2_PROFILE"] = variable
+                shown = self.shown(*["--profile", flag] * bool(flag))
+                self.assertEqual((shown["timeout"], shown["retries"]), wanted)
 
     def test_an_unknown_profile(self) -> None:
-        self.configure(profile="wrok", profiles=self.profiles)
-        for argv in ([], ["--profile", "wrok"]):
-            with self.subTest(argv=argv):
-                run = self.check(self.run_tool("generate", "a fox", "--dry-run", *argv), 3)
-                self.assertRegex(run.err, "wrok.*home, work.*did you mean work")
-
-    def test_a_profile_without_a_file(self) -> None:
+        profiles: dict[str, Any] = {"home": {}, "work": {}}
+        for chosen, argv in (("wrok", []), (None, ["--profile", "wrok"])):
+            with self.subTest(argv):
+                self.configure(profile=chosen, profiles=profiles)
+                run = self.refused(3, "wrok", "--dry-run", *argv)
+                self.assertRegex(run.err, "home, work.*did you mean work")
         self.path.unlink()
-        run = self.check(self.run_tool("config", "--show", "--profile", "home"), 3)
-        self.assertIn("home", run.err)
+        self.refused(3, "home", "--dry-run", "--profile", "home")
 
-
-class TestFaultyFiles(SettingsCase):
-    """What a config file can be that it should not be."""
-
-    def refused(self, run: Run) -> None:
-        """Assert exit 3 in one line that names the file."""
-        self.check(run, 3)
-        self.assertRegex(run.err, r"\Agpt-image2: .*config\.json.*\n\Z")
-        self.assertEqual((run.out, self.listing()), ("", []))
-
-    def test_files_that_hold_no_object(self) -> None:
-        path = self.configure()
-        contents = b'{"model": ', b"", b"[]", b"[" * 100_000
-        for content in contents:
+    def test_files_that_hold_no_settings(self) -> None:
+        for content in (b'{"model": ', b"", b"[]", b"\xff{}", b"[" * 100_000):
             with self.subTest(content[:20]):
-                path.write_bytes(content)
-                self.refused(self.run_tool("generate", "a fox", "--dry-run"))
-
-    def test_a_file_that_cannot_be_read(self) -> None:
-        path = self.configure()
-        path.unlink()
-        path.mkdir()
-        self.refused(self.run_tool("generate", "a fox", "--dry-run"))
+                self.configure()
+                self.path.write_bytes(content)
+                self.refused(3, str(self.path), "--dry-run")
+                self.config_tool("--init", "--profile", "nodekey", code=3)
+                self.assertEqual(self.path.read_bytes(), content)
+                self.assertEqual(self.listing(self.config), ["gpt-image-2/config.json"])
+        self.path.unlink()
+        self.path.mkdir()
+        self.refused(3, str(self.path), "--dry-run")
 
     def test_values_of_the_wrong_kind(self) -> None:
+        """Each is refused by its key and its source."""
         for key, value in (
-            ("base_url", 7),
-            ("model", ["gpt-image-2"]),
-            ("quality", "ultra"),
-            ("timeout", "soon"),
-            ("retries", -1),
-            ("allow_http", "maybe"),
-            ("headers", {"X-Team": "a\r\nX-Forged: b"}),
-            ("auth_header", "a key\n"),
-            ("api_key_command", 7),
-            ("profiles", []),
+            *(("base_url", 7), ("model", ["gpt-image-2"]), ("quality", "ultra"), ("profiles", [])),
+            *(("timeout", "soon"), ("timeout", True), ("retries", -1), ("allow_http", "maybe")),
+            *(("headers", {"X-Team": "a\r\nX-Forged: b"}), ("headers", {"X Team": "a"})),
+            *(("auth_header", "a key\n"), ("api_key_command", 7)),
         ):
             with self.subTest(key=key, value=value):
                 self.configure(**{key: value})
-                run = self.run_tool("generate", "a fox", "--dry-run")
-                self.refused(run)
-                self.assertIn(key, run.err)
+                self.assertIn(key, self.refused(3, str(self.path), "--dry-run").err)
+        self.path.unlink()
+        for key, text in (("TIMEOUT", "1_0"), ("HEADERS", "X-Team: foxes"), ("QUALITY", "ultra")):
+            with self.subTest(key=key, value=text):
+                variable = f"GPT_IMAGE2_{key}"
+                self.refused(3, variable, "--dry-run", env={variable: text})
 
     def test_an_unknown_key_is_a_warning_with_the_nearest(self) -> None:
         self.configure(qualty="low", profile="home", profiles={"home": {"basse_url": OPENAI}})
-        run = self.check(self.run_tool("generate", "a fox", "--dry-run", "--json"), 0)
+        run = self.generate("--dry-run", "--json")
         for wrong, right in (("qualty", "quality"), ("basse_url", "base_url")):
             with self.subTest(wrong):
-                told = [line for line in run.json["warnings"] if wrong in line]
-                self.assertEqual(len(told), 1, run)
-                self.assertIn(f"did you mean {right}?", told[0])
-                self.assertIn(told[0], run.err)
+                [told] = [line for line in run.json["warnings"] if wrong in line]
+                self.assertIn(f"did you mean {right}?", told)
+                self.assertIn(told, run.err)
 
-    def test_the_chmod_line_of_the_warning_works(self) -> None:
-        path = self.write_json(self.tmp / "it's mine.json", {"model": "gpt-image-2"})
-        path.chmod(0o644)
-        run = self.check(self.run_tool("config", "--show", "--config", path), 0)
-        line = re.search(r"chmod 600 .*", run.err)
-        assert line, run
-        subprocess.run(["sh", "-c", line[0]], check=True, timeout=20)
-        self.assertEqual(path.stat().st_mode & 0o777, 0o600)
-        again = self.check(self.run_tool("config", "--show", "--config", path), 0)
-        self.assertEqual(again.err, "")
+    def test_a_file_that_others_can_read_gets_a_line_that_mends_it(self) -> None:
+        path = self.write(self.tmp / "it's mine.json", model="gpt-image-2")
+        for mode in (0o640, 0o604):
+            path.chmod(mode)
+            line = re.search("chmod 600 .*", self.config_tool("--show", "--config", str(path)).err)
+            assert line
+            subprocess.run(["sh", "-c", line[0]], check=True)
+            self.assertEqual(path.stat().st_mode & 0o777, 0o600)
+            self.assertEqual(self.config_tool("--show", "--config", str(path)).err, "")
 
 
 class TestBaseUrl(SettingsCase):
-    """What a person types or pastes, and what is made of it."""
+    """Where it comes from, and what follows from it; test_units has every form."""
 
-    def test_normal_forms(self) -> None:
-        for given, base in (
-            ("relay.example", "https://relay.example/v1"),
-            ("relay.example:8443", "https://relay.example:8443/v1"),
-            ("HTTPS://Relay.Example/V1/", "https://relay.example/V1"),
-            ("https://relay.example///", "https://relay.example/v1"),
-            ("https://relay.example/v1///", "https://relay.example/v1"),
-            ("https://relay.example/v1/images/generations", "https://relay.example/v1"),
-            ("https://relay.example/v1/images/edits/", "https://relay.example/v1"),
-            ("https://relay.example/images/edits", "https://relay.example/v1"),
-            ("https://relay.example/v1/models", "https://relay.example/v1"),
-            ("https://r.openai.azure.com/openai/v1", "https://r.openai.azure.com/openai/v1"),
-            ("https://gate.example/v1/a/b/openai", "https://gate.example/v1/a/b/openai"),
-            ("localhost:8080", "http://localhost:8080/v1"),
-            ("127.0.0.1:8080/v1", "http://127.0.0.1:8080/v1"),
-            ("[::1]:8080", "http://[::1]:8080/v1"),
-            ("https://localhost:8080", "https://localhost:8080/v1"),
-        ):
-            with self.subTest(given):
-                self.assertEqual(parse_base_url(given).url, base)
+    def test_refusals_name_the_source_and_show_no_password(self) -> None:
+        for given in ("https://u:hunter2@a.example", "u:hunter2@a.example", "https://a/\x1b[31m"):
+            for source in ("--base-url", "GPT_IMAGE2_BASE_URL", "OPENAI_BASE_URL"):
+                with self.subTest(given, source=source):
+                    flags = [source, given] if source == "--base-url" else []
+                    run = self.run_tool("generate", "fox", *flags, env={source: given})
+                    self.assertIn(run.code, [2] if flags else [2, 3], run)
+                    self.assertRegex(run.err, rf"\Agpt-image2: {source}.*\n\Z")
+                    self.assertNotRegex(run.err, "hunter2|\x1b")
+        self.refused(2, "--base-url", "--base-url", "")
+        self.configure(base_url="ftp://relay.example")
+        self.refused(3, str(self.path))
 
-    def test_refusals(self) -> None:
-        for given in (
-            "https://user:hunter2@relay.example/v1",
-            "user:hunter2@relay.example",
-            "https://hunter2@relay.example",
-            "ftp://relay.example",
-            "file:///etc/passwd",
-            "https://",
-            "https://:8080",
-            "https://relay.example:99999",
-            'https://relay.example/"v1"',
-            "https://relay.example/{v1,v2}",
-            "https://relay.example/[1-3]",
-            "https://relay.example/v1?key=hunter2",
-            "https://relay.example/v1#top",
-            "https://relay.example/a b",
-            "https://relay.example/a\nurl = https://b.example",
-            "https://relay.example/\x1b[31m",
-            "https://relay.exämple/v1",
-            "https://relay.example\\@b.example",
-            "",
-        ):
-            with self.subTest(given):
-                with self.assertRaises(ValueError) as caught:
-                    parse_base_url(given)
-                self.assertNotIn("hunter2", str(caught.exception))
-
-    def test_in_a_dry_run(self) -> None:
-        endpoint = self.planned("--base-url", "Relay.example/v1/images/edits/")["endpoint"]
-        self.assertEqual(endpoint, "https://relay.example/v1/images/generations")
-
-    def test_a_refused_flag(self) -> None:
-        for given in ("https://user:hunter2@relay.example/v1", "https://relay.example/{a}", ""):
-            with self.subTest(given):
-                run = self.run_tool("generate", "a fox", "--dry-run", "--base-url", given)
-                self.check(run, 2)
-                self.assertRegex(run.err, r"\Agpt-image2: .*--base-url.*\n\Z")
-                self.assertNotIn("hunter2", run.out + run.err)
-
-    def test_a_refusal_names_the_source(self) -> None:
-        path = self.configure(base_url="ftp://relay.example")
-        run = self.run_tool("generate", "a fox", "--dry-run")
-        self.assertIn(run.code, (2, 3), run)
-        self.assertIn(str(path), run.err)
-
-    def test_the_provider_names_the_base(self) -> None:
-        for provider, base in (
-            ("openai", OPENAI),
-            ("openai-hk", "https://api.openai-hk.com/v1"),
-            ("nodekey", "https://nodekey.xinghanyun.cn/v1"),
-        ):
-            with self.subTest(provider):
-                endpoint = self.planned("--provider", provider)["endpoint"]
-                self.assertEqual(endpoint, f"{base}/images/generations")
-
-    def test_the_host_names_the_provider(self) -> None:
+    def test_the_provider_names_the_base_and_the_host_the_provider(self) -> None:
         for base, provider in (
-            ("api.openai.com", "openai"),
-            ("api.openai-hk.com", "openai-hk"),
-            ("nodekey.xinghanyun.cn", "nodekey"),
+            *((OPENAI, "openai"), (HK, "openai-hk"), (NODEKEY, "nodekey")),
             ("https://r.openai.azure.com/openai/v1", "azure"),
-            ("api.openai.com.relay.example", "generic"),
+            ("https://api.openai.com.relay.example/v1", "generic"),
+            ("https://notopenai.azure.com.example/v1", "generic"),
         ):
             with self.subTest(base):
                 self.assertEqual(self.shown("--base-url", base)["provider"], provider)
+                if provider not in ("azure", "generic"):
+                    self.assertEqual(self.shown("--provider", provider)["base_url"], base)
+        self.refused(3, "azure needs a base_url", "--provider", "azure")
 
 
-class TestOnTheWire(Case):
-    """Settings that change what is sent."""
+class TestOnTheWire(SettingsCase):
+    """Settings that change what is sent, and through what."""
 
-    def serve_configured(self, **settings: Any) -> Api:
-        """Start a server, and write the config file that leads to it."""
-        api = self.serve(answer(png(8, 8)))
-        self.configure(**{"base_url": api.base_url, "api_key": KEY, **settings})
-        return api
-
-    def generate(self, *argv: str) -> None:
-        """Make a picture."""
-        self.check(self.run_tool("generate", "a fox", *argv), 0)
-
-    def test_headers_and_user_agent(self) -> None:
-        team = 'fox "red" \\ tail'
-        api = self.serve_configured(headers={"X-Team": team}, user_agent="Fox/1.0 (den)")
-        self.generate()
-        headers = api.posts[0].headers
-        self.assertEqual((headers["x-team"], headers["user-agent"]), (team, "Fox/1.0 (den)"))
-
-    def test_auth_headers(self) -> None:
-        for setting, name, value in (
-            ("Authorization: Token", "authorization", f"Token {KEY}"),
-            ("api-key", "api-key", KEY),
+    def test_headers_user_agent_and_image_field(self) -> None:
+        (self.work / "a.png").write_bytes(PICTURE)
+        headers = {"X-Team": 'fox "red" \\ tail'}
+        settings = {"headers": headers, "user_agent": "Fox/1.0 (den)", "image_field": "image"}
+        texts = {**settings, "headers": json.dumps(headers)}
+        variables = {f"GPT_IMAGE2_{key.upper()}": str(text) for key, text in texts.items()}
+        for in_file, env, carried in (
+            ({**settings, "auth_header": "X: Token"}, {}, ("x", f"Token {KEY}")),
+            ({"provider": "azure"}, variables, ("api-key", KEY)),
         ):
-            with self.subTest(setting):
-                api = self.serve_configured(auth_header=setting)
-                self.generate()
-                headers = api.posts[0].headers
-                self.assertEqual(headers[name], value)
-                self.assertEqual([n for n, v in headers.items() if KEY in v], [name])
+            with self.subTest(env):
+                api = self.serve_configured(**in_file)
+                self.check(self.run_tool("edit", "a.png", "a.png", "a fox", env=env), 0)
+                sent, names = api.posts[0].headers, [part.name for part in api.posts[0].uploads]
+                self.assertEqual((sent["x-team"], names), (headers["X-Team"], ["image"] * 2))
+                self.assertEqual(sent["user-agent"], "Fox/1.0 (den)")
+                self.assertEqual([pair for pair in sent.items() if KEY in pair[1]], [carried])
 
-    def test_azure_takes_the_key_in_its_own_header(self) -> None:
-        api = self.serve_configured(provider="azure", model="my-deployment")
-        self.generate()
-        self.assertEqual(api.posts[0].headers["api-key"], KEY)
-        self.assertNotIn("authorization", api.posts[0].headers)
-
-    def test_a_proxy_gets_the_request(self) -> None:
-        proxy = self.serve(answer(png(8, 8)))
-        base = "http://relay.example/v1"
-        self.configure(base_url=base, api_key=KEY, allow_http=True, proxy=proxy.origin)
-        self.generate()
-        self.assertEqual(proxy.posts[0].target, f"{base}/images/generations")
-
-    def test_no_proxy_for_loopback(self) -> None:
-        proxy = self.serve()
+    def test_a_proxy_gets_the_request_unless_it_is_for_loopback(self) -> None:
+        proxy = self.serve(otherwise=answer(PICTURE))
+        variables = dict.fromkeys(("http_proxy", "ALL_PROXY"), proxy.origin)
+        for settings, env in (({"proxy": proxy.origin}, {}), ({}, variables)):
+            self.configure(base_url=PLAIN, api_key=KEY, allow_http=True, **settings)
+            self.generate(env=env)
+        endpoint = f"{PLAIN}/images/generations"
+        self.assertEqual([post.target for post in proxy.posts], [endpoint] * 2)
         api = self.serve_configured(proxy=proxy.origin)
-        self.env.update(http_proxy=proxy.origin, ALL_PROXY=proxy.origin)
-        self.generate()
-        self.assertEqual(len(api.posts), 1)
-        self.no_request(proxy)
+        self.generate(env=variables)
+        self.assertEqual((len(api.posts), len(proxy.posts)), (1, 2))
 
-    def test_a_ca_file_that_is_not_there(self) -> None:
-        api = self.serve(answer(png(8, 8)), strict=False)
-        self.configure(base_url=api.base_url, cacert="no.pem")
-        run = self.check(self.run_tool("generate", "a fox"), 3)
-        self.assertIn("no.pem", run.err)
-        self.no_request(api)
 
-    def test_image_field(self) -> None:
-        for name in ("a.png", "b.png"):
-            (self.work / name).write_bytes(png(8, 8))
-        for setting, flag, files, names in (
-            ("auto", None, 1, ["image"]),
-            ("auto", None, 2, ["image[]", "image[]"]),
-            ("image", None, 2, ["image", "image"]),
-            ("image[]", "image", 1, ["image"]),
+# ---- Keys -------------------------------------------------------------------------------------
+
+HERE = "http://localhost:8080/v1"
+FLAG = f"--api-key {FLAG_KEY}"
+IN_ENV = {"GPT_IMAGE2_API_KEY": ENV_KEY}
+IN_OPENAI = {"OPENAI_API_KEY": OPENAI_KEY}
+PAIR = {**IN_OPENAI, "OPENAI_BASE_URL": RELAY}
+ALL_ENV = {**IN_ENV, **PAIR}
+AT_HERE = {"GPT_IMAGE2_BASE_URL": HERE}
+IN_FILE = {"api_key": FILE_KEY}
+RELAY_FILE = {"base_url": RELAY, **IN_FILE}
+HOST, OWN_KEY = {"base_url": OTHER}, {"api_key": PROFILE_KEY}
+PROFILES = {**RELAY_FILE, "profiles": {"own": {**HOST, **OWN_KEY}, "host": HOST, "key": OWN_KEY}}
+
+
+class Rule(NamedTuple):
+    """A key, or none (""), that goes to a base URL; None: nothing is sent, the call is refused."""
+
+    key: str | None
+    base: str = ""
+    flags: str = ""
+    config: Mapping[str, Any] = {}
+    env: Mapping[str, str] = {}
+
+
+RULES = (
+    # A key from the command line or GPT_IMAGE2_API_KEY goes to the base URL in force.
+    Rule(FLAG_KEY, OTHER, f"{FLAG} --base-url {OTHER}", RELAY_FILE, ALL_ENV),
+    Rule(ENV_KEY, OPENAI, env={**IN_ENV, **IN_OPENAI}),
+    Rule(ENV_KEY, RELAY, env=ALL_ENV),
+    Rule(ENV_KEY, OTHER, f"--base-url {OTHER}", RELAY_FILE, IN_ENV),
+    # A file's goes to the file's base URL, whatever its path.
+    Rule(FILE_KEY, RELAY, config=RELAY_FILE, env={**IN_ENV, **IN_OPENAI}),
+    Rule(FILE_KEY, OPENAI, config=IN_FILE),
+    Rule(FILE_KEY, HK, config={"provider": "openai-hk", **IN_FILE}),
+    Rule(FILE_KEY, f"{RELAY}/x", f"--base-url {RELAY}/x", RELAY_FILE),
+    # A profile's goes to the profile's.
+    Rule(PROFILE_KEY, OTHER, "--profile own", PROFILES),
+    Rule(PROFILE_KEY, RELAY, "--profile key", PROFILES),
+    Rule(ENV_KEY, OTHER, "--profile host", PROFILES, IN_ENV),
+    # OPENAI_API_KEY and OPENAI_BASE_URL are a pair; the key alone belongs to OpenAI.
+    Rule(OPENAI_KEY, RELAY, env=PAIR),
+    Rule(OPENAI_KEY, OPENAI, env=IN_OPENAI),
+    # Over plain http it goes where that is allowed.
+    Rule(FLAG_KEY, PLAIN, f"{FLAG} --base-url {PLAIN} --allow-http"),
+    Rule(FILE_KEY, PLAIN, config={"base_url": PLAIN, "allow_http": True, **IN_FILE}),
+    Rule(FLAG_KEY, "http://[::1]:9/v1", f"{FLAG} --base-url [::1]:9"),
+    # A server on this machine needs none, and gets none that is not its own.
+    Rule(FILE_KEY, HERE, config={"base_url": HERE, **IN_FILE}, env={**IN_ENV, **IN_OPENAI}),
+    Rule(ENV_KEY, HERE, env={**AT_HERE, **IN_ENV}),
+    Rule(OPENAI_KEY, HERE, env={**IN_OPENAI, "OPENAI_BASE_URL": HERE}),
+    Rule("", HERE, env={**AT_HERE, **IN_OPENAI}),
+    Rule("", HERE, config=IN_FILE, env={**AT_HERE, **PAIR}),
+    Rule("", HERE, f"--base-url {HERE}", RELAY_FILE),
+    # And nowhere else.
+    Rule(None, "", f"--base-url {RELAY}"),
+    Rule(None, "", f"--base-url {OTHER}", RELAY_FILE, IN_OPENAI),
+    Rule(None, "", "--provider openai-hk", IN_FILE),
+    Rule(None, config=IN_FILE, env={"GPT_IMAGE2_BASE_URL": OTHER}),
+    Rule(None, "", "--base-url relay.example:8443", RELAY_FILE),
+    Rule(None, "", "--base-url http://relay.example:443 --allow-http", RELAY_FILE),
+    Rule(None, "", "--profile host", PROFILES),
+    Rule(None, "", f"--profile own --base-url {OPENAI}", PROFILES),
+    Rule(None, "", f"--base-url {OTHER}", env=PAIR),
+    Rule(None, "", f"--base-url {RELAY}", env=IN_OPENAI),
+    Rule(None, "", "--base-url api.openai.com.relay.example", env=IN_OPENAI),
+    Rule(None, "", "--base-url http://api.openai.com --allow-http", env=IN_OPENAI),
+    Rule(None, env={**IN_OPENAI, "GPT_IMAGE2_BASE_URL": RELAY}),
+)
+
+# It notes what it is told, and sends nothing.
+NOTING_CURL = """#!/bin/sh
+cat >"$0.config"
+exit 7
+"""
+
+
+def echoes(key: str) -> list[str]:
+    """Return a key as servers echo it: raw, URL-encoded, in base64 alone or as a whole header."""
+    encoded = quote(key, safe="")
+    lower_case = re.sub("%..", lambda match: match[0].lower(), encoded)
+    return [key, encoded, lower_case, b64(key.encode()), b64(f"Bearer {key}".encode())]
+
+
+def spellings(key: str) -> list[str]:
+    """Return what must not be seen: of base64 the middle, which no neighbour of the key changes."""
+    *plain, alone, in_header = echoes(key)
+    return [*plain, alone[4:-4], in_header[12:-4]]
+
+
+class TestWhichKeyGoesWhere(SettingsCase):
+    """The key and the host that curl is told, wherever in the world that is."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.curl = self.new_folder("bin") / "curl"
+        self.curl.write_text(NOTING_CURL)
+        self.curl.chmod(0o755)
+        self.env["PATH"] = f"{self.curl.parent}:{self.env['PATH']}"
+        self.env["GPT_IMAGE2_RETRIES"] = "0"
+
+    def told(self, rule: Rule, code: int) -> str:
+        """Run the tool, which prints no key, and return the config that curl is given."""
+        note = Path(f"{self.curl}.config")
+        note.write_text("")
+        self.configure(**rule.config)
+        run = self.run_tool("generate", "a fox", *rule.flags.split(), env=rule.env)
+        self.assertNotIn("sk-from", self.check(run, code).out + run.err)
+        return note.read_text()
+
+    def test_the_rules(self) -> None:
+        for rule in RULES:
+            with self.subTest(str(rule)):
+                told = self.told(rule, 3 if rule.key is None else 7)
+                due = [f"Authorization: Bearer {rule.key}"] * bool(rule.key)
+                self.assertEqual(re.findall(r"[^\"]*sk-from[\w-]*|Authorization", told), due)
+                urls = [] if rule.key is None else [f"{rule.base}/images/generations"]
+                self.assertEqual(re.findall('(?m)^url = "(.*)"$', told), urls)
+
+    def test_plain_http_gets_none(self) -> None:
+        self.assertEqual(self.told(Rule(None, flags=f"{FLAG} --base-url {PLAIN}"), 2), "")
+
+    def test_neither_sandbox_nor_another_host_gets_a_commands(self) -> None:
+        config = {"base_url": RELAY, "api_key_command": ["touch", "command-ran"]}
+        told = self.told(Rule(None, flags="--sandbox", config=config, env=ALL_ENV), 7)
+        self.assertIn('url = "http://127.0.0.1:', told)
+        self.assertNotIn("sk-from", told)
+        self.told(Rule(None, flags=f"--base-url {HERE}", config=config), 7)
+        self.assertEqual(self.listing(), [])
+
+
+class TestSources(SettingsCase):
+    """A file's key: api_key_command, else api_key_env, else api_key. And its headers."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.api = self.serve(otherwise=answer(PICTURE))
+
+    def write_here(self, **settings: Any) -> None:
+        """Write a config file, for the server unless it says otherwise."""
+        self.configure(**{"base_url": self.api.base_url, **settings})
+
+    def sent(self, key: str, *argv: str, env: Mapping[str, str] = {}) -> Run:
+        """Assert that a key is sent."""
+        run = self.generate(*argv, env=env)
+        self.assertEqual(self.api.posts[-1].headers["authorization"], f"Bearer {key}")
+        return run
+
+    def test_the_headers_of_a_profile_go_to_its_own_host(self) -> None:
+        profile = {"base_url": self.api.base_url, "headers": {"X-Auth-Token": PROFILE_KEY}}
+        self.configure(base_url=RELAY, profiles={"mine": profile})
+        self.generate("--profile", "mine")
+        self.assertEqual(self.api.posts[0].headers["x-auth-token"], PROFILE_KEY)
+        other = self.serve(otherwise=answer(PICTURE))
+        run = self.generate("--profile", "mine", "--base-url", other.base_url)
+        self.assertNotIn(PROFILE_KEY, str(other))
+        self.assertRegex(run.err, "warning: .*X-Auth-Token")
+
+    def test_command_before_variable_before_text(self) -> None:
+        """The command runs without a shell; a key is undressed."""
+        text: dict[str, Any] = {"api_key": FILE_KEY}
+        named, odd = {**text, "api_key_env": "FOX_KEY"}, "sk-$HOME;`id`|cat>made"
+        for settings, key in (
+            (named, "sk-of-the-variable"),
+            ({**named, "api_key_command": "echo sk-of-the-command"}, "sk-of-the-command"),
+            ({"api_key_command": f"echo '{odd}'"}, odd),
+            ({"api_key_command": ["echo", odd]}, odd),
         ):
-            with self.subTest(setting=setting, flag=flag, files=files):
-                api = self.serve_configured(image_field=setting)
-                flags = ["--image-field", flag] if flag else []
-                images = ["a.png", "b.png"][:files]
-                self.check(self.run_tool("edit", *images, "a fox", *flags), 0)
-                self.assertEqual([part.name for part in api.posts[0].uploads], names)
+            with self.subTest(settings):
+                self.write_here(**settings)
+                self.sent(key, env={"FOX_KEY": "sk-of-the-variable"})
+        self.assertEqual([name for name in self.listing() if "made" in name], [])
+        for dress in ("{}", " '{}'\r\n", "Bearer {}", "bearer  {}", '\ufeff"Bearer {}"'):
+            with self.subTest(dress):
+                self.write_here(api_key=dress.format(FILE_KEY))
+                self.sent(FILE_KEY)
+                run = self.sent(FLAG_KEY, "--api-key", dress.format(FLAG_KEY), "--json")
+                self.assertRegex(run.err, "warning: --api-key .*ps")
+                self.assertIn("--api-key", str(run.json["warnings"]))
 
-    def test_output_dir(self) -> None:
-        self.serve_configured(output_dir="pictures")
-        self.generate()
-        [saved] = self.listing()
-        self.assertRegex(saved, r"\Apictures/\d{4}-\d\d-\d\d-[0-9a-f]{8}\.png\Z")
+    def test_a_command_that_fails(self) -> None:
+        for command in ("false", "true", "no-such-program", f"sh -c 'echo {FILE_KEY}; false'"):
+            with self.subTest(command):
+                self.write_here(api_key_command=command, api_key=PROFILE_KEY)
+                self.assert_hidden(self.refused(3, "api_key_command"), FILE_KEY, PROFILE_KEY)
+        self.no_request(self.api)
+
+    def test_an_empty_variable_falls_through_with_a_warning(self) -> None:
+        for env in ({}, {"FOX_KEY": ""}, {"FOX_KEY": " \n"}):
+            with self.subTest(env):
+                self.write_here(api_key_env="FOX_KEY", api_key=FILE_KEY)
+                self.assertRegex(self.sent(FILE_KEY, env=env).err, "warning: .*FOX_KEY")
+        self.write_here(api_key_env="FOX_KEY")
+        self.assertIn("FOX_KEY", self.sent(ENV_KEY, env=IN_ENV).err)
+        self.configure(base_url=RELAY, api_key_env="FOX_KEY")
+        self.assertIn("FOX_KEY", self.generate(code=3).err.splitlines()[-1])
+
+    def test_what_can_be_no_key_is_refused_unseen(self) -> None:
+        relay = {"base_url": RELAY}
+        for settings, fact, keys in (
+            ({}, "the key from", ("sk-secret one", "sk-secret\nsk-b", "sk-secret\a", "sk-secreté")),
+            (relay, "placeholder", ("sk-...", "YOUR-KEY", "<your-key>", "${OPENAI_API_KEY}")),
+        ):
+            for key in keys:
+                with self.subTest(key):
+                    self.write_here(api_key=key, **settings)
+                    self.assertNotIn("secret", self.refused(3, fact).err)
+        self.refused(2, "--api-key", "--api-key", "")
+        self.no_request(self.api)
+
+    def test_a_key_in_the_wrong_place_is_not_shown(self) -> None:
+        header = f"Authorization: Bearer {ODD_KEY}"
+        for name, value in (
+            *(("api_key_env", ODD_KEY), ("api_key_command", ODD_KEY), ("api_key", [ODD_KEY])),
+            *(("auth_header", header), ("headers", header)),
+        ):
+            with self.subTest(name):
+                self.write_here(**{name: value})
+                self.assert_hidden(self.config_tool("--show", code=3), ODD_KEY)
+
+
+class TestNeverShown(SettingsCase):
+    """The key is in no output and in no file, whatever the server does with it."""
+
+    def holders(self) -> list[Path]:
+        """Return the files, other than the config, that hold the key in any spelling."""
+        found = {path for form in spellings(ODD_KEY) for path in self.files_with(form)}
+        return sorted(found - {self.path})
+
+    def test_by_no_command(self) -> None:
+        api = self.serve(answer(PICTURE))
+        headers = {"X-Auth-Token": PROFILE_KEY}
+        proxy = f"http://fox:{FLAG_KEY}@proxy.example"
+        self.configure(base_url=api.base_url, api_key=ODD_KEY, headers=headers, proxy=proxy)
+        for words in (
+            *("generate fox --verbose", "config --show", "config --show --json"),
+            *(f"generate fox --dry-run --verbose {flag}" for flag in ("", "--json")),
+            "config --check --verbose",
+        ):
+            with self.subTest(words):
+                run = self.check(self.run_tool(*words.split()), 0)
+                self.assert_hidden(run, ODD_KEY, PROFILE_KEY, FLAG_KEY)
+        self.assertEqual(api.posts[0].headers["authorization"], f"Bearer {ODD_KEY}")
+        self.assertEqual(self.holders(), [])
+
+    def test_by_no_file_even_while_the_request_is_under_way(self) -> None:
+        def reply(request: Request) -> Reply:
+            self.assertEqual(request.headers["authorization"], f"Bearer {ODD_KEY}")
+            self.assertEqual(len(self.jobs()), 1)
+            self.assertEqual(self.holders(), [])
+            return answer(PICTURE)
+
+        def begin(*args: Any, **options: Any) -> Any:
+            self.assertEqual(self.holders(), [])
+            return popen(*args, **options)
+
+        api, popen = self.serve(reply, reply), subprocess.Popen
+        self.configure(base_url=api.base_url, api_key=ODD_KEY)
+        (self.work / "a.png").write_bytes(PICTURE)
+        with mock.patch("subprocess.Popen", begin):  # curl's own input has no name
+            self.generate()
+            self.check(self.run_tool("edit", "a.png", "a fox"), 0)
+
+    def test_by_no_server_that_echoes_it(self) -> None:
+        echo = " ".join(echoes(ODD_KEY))
+        header = [("X-Request-Id", ODD_KEY), ("X-Echo", echo)]
+        for code, reply in (
+            (4, refusal(401, "invalid_api_key", f"Incorrect API key: {echo}", headers=header)),
+            (1, refusal(400, echo, echo, type=echo, param=echo)),
+            (8, refusal(500, "server_error", echo, headers=header)),
+            (8, answer(echo=echo)),
+            (8, Reply(200, echo.encode())),
+            (1, Reply(302, headers=[("Location", f"https://relay.example/?key={ODD_KEY}")])),
+            (8, answer(PICTURE, echo=echo)._replace(cut=300)),
+            (0, answer(PICTURE, echo=echo, revised_prompt=echo)),
+        ):
+            with self.subTest(code=code, reply=reply):
+                api = self.serve(reply)
+                self.configure(base_url=api.base_url, api_key=ODD_KEY)
+                argv = ["--new", "--json", "--verbose", "--sidecar"]
+                self.assert_hidden(self.generate(*argv, code=code), ODD_KEY)
+                self.assertEqual(self.holders(), [])
+        self.assert_hidden(self.check(self.run_tool("recover"), 0), ODD_KEY)
+
+
+# ---- The config command -----------------------------------------------------------------------
+
+
+class TestInit(SettingsCase):
+    """`config --init` writes a file that works, and never harms one."""
+
+    def written(self) -> Any:
+        """Return what the config file holds, which only its owner may read."""
+        self.assertEqual(self.path.stat().st_mode & 0o777, 0o600)
+        return json.loads(self.path.read_text(encoding="utf-8"))
+
+    def test_each_template_works_and_a_relay_of_ones_own(self) -> None:
+        azure = "https://your-resource.openai.azure.com/openai/v1"
+        for words, base, variable, header in (
+            ("", OPENAI, "OPENAI_API_KEY", "Authorization"),
+            ("--profile openai", OPENAI, "OPENAI_API_KEY", "Authorization"),
+            ("--profile openai-hk", HK, "OPENAI_HK_API_KEY", "Authorization"),
+            ("--profile nodekey", NODEKEY, "NODEKEY_API_KEY", "Authorization"),
+            ("--profile azure", azure, "AZURE_OPENAI_API_KEY", "api-key"),
+            ("--base-url relay.example --api-key-env FOX_KEY", RELAY, "FOX_KEY", "Authorization"),
+            ("--base-url relay.example --profile r-1", RELAY, "R_1_API_KEY", "Authorization"),
+        ):
+            with self.subTest(words):
+                run = self.config_tool("--init", *words.split())
+                self.assertIn(str(self.path), run.out)
+                self.assertIn(f"export {variable}=", run.err)
+                self.written()
+                plan = self.planned(env={variable: KEY})
+                self.assertEqual(plan["endpoint"].lower(), f"{base}/images/generations")
+                self.assertEqual(list(plan["headers"]), [header])
+                if base == HK:  # cheap at first
+                    cheap = {"size": "1024x1024", "quality": "low"}.items()
+                    self.assertLessEqual(cheap, plan["fields"].items())
+                self.path.unlink()
+
+    def test_an_existing_file_or_profile_needs_force(self) -> None:
+        before = {"model": "mine", "profiles": {"nodekey": {"base_url": "https://home.example/v1"}}}
+        for argv in (["--init"], ["--init", "--profile", "nodekey"]):
+            with self.subTest(argv):
+                self.configure(**before)
+                self.assertIn("--force", self.config_tool(*argv, code=2).err)
+                self.assertEqual(self.written(), before)
+                self.config_tool(*argv, "--force")
+                self.assertNotEqual(self.written(), before)
+
+    def test_a_profile_is_added_and_nothing_else_touched(self) -> None:
+        """A config file that is a link to somebody's dotfiles stays one."""
+        home = {"base_url": "https://home.example/v1", "api_key": KEY}
+        before = {"model": "mine", "odd": "€", "profile": "home", "profiles": {"home": home}}
+        self.path.symlink_to(self.configure(**before).replace(self.tmp / "dotfiles.json"))
+        run = self.config_tool("--init", "--profile", "nodekey")
+        self.assertIn("config --check --profile nodekey", run.err)
+        after = self.written()
+        added = after["profiles"].pop("nodekey")
+        self.assertEqual((after, list(after)), (before, list(before)))
+        self.assertEqual(added["base_url"], NODEKEY)
+        self.assertTrue(self.path.is_symlink())
+
+    def test_under_another_name(self) -> None:
+        self.config_tool("--init", "--config", "new/mine.json")
+        self.assertEqual(self.listing(), ["new/mine.json"])
+        self.assertFalse(self.path.exists())
+
+    def test_what_it_refuses_unseen(self) -> None:
+        for words in (
+            *("--profile no-such", "--base-url https://user:sk-hunter2@relay.example", "--show"),
+            *("--api-key-env sk-hunter2", "--api-key-env 1X"),
+        ):
+            with self.subTest(words):
+                run = self.config_tool("--init", *words.split(), code=2)
+                self.assertNotIn("hunter2", run.err)
+                self.assertFalse(self.path.exists())
+
+
+class TestShow(SettingsCase):
+    """`config --show` tells each value, where it came from and what it hides."""
+
+    def test_values_and_sources(self) -> None:
+        # no longer than seven characters, which nothing would blank
+        secrets = {"headers": {"X-Auth": "hunter1"}, "proxy": "http://fox:hunter2@proxy.example"}
+        profiles = {"home": {"connect_timeout": 5, **IN_FILE}}
+        top = {"model": "of-the-file", "connect_timeout": 6, "profile": "home", **secrets}
+        self.configure(profiles=profiles, **top)
+        self.env.update(GPT_IMAGE2_MODEL="of-the-environment", GPT_IMAGE2_RETRIES="7")
+        run = self.config_tool("--show", "--json", "--timeout", "77")
+        text, rows = self.config_tool("--show", "--timeout", "77").out, run.json["settings"]
+        path, home = str(self.path), f"{self.path} (profile home)"
+        for key, value, source, hidden in (
+            ("model", "of-the-file", path, ["GPT_IMAGE2_MODEL"]),
+            ("connect_timeout", 5, home, [path]),
+            ("retries", 7, "GPT_IMAGE2_RETRIES", []),
+            ("timeout", 77, "--timeout", []),
+        ):
+            with self.subTest(key):
+                self.assertEqual(rows[key], {"value": value, "source": source, "hides": hidden})
+                self.assertIn(source, text)
+        self.assertEqual((run.json["config_file"], rows["api_key"]["source"]), (path, home))
+        self.assertIn("GPT_IMAGE2_MODEL", text)
+        for out in (run.out, text):
+            self.assertRegex(out, rf"(?s)of-the-file.*X-Auth.*proxy\.example.*{FILE_KEY[-4:]}")
+            self.assertNotRegex(out, f"{FILE_KEY[3:-4]}|hunter")
+
+
+class TestCheck(SettingsCase):
+    """`config --check` looks at everything that a call needs, and spends nothing."""
+
+    def against(self, reply: Reply, code: int, *argv: str) -> Run:
+        """Run it against a server that answers GET /v1/models so; it asks once, with the key."""
+        api = self.serve_configured()
+        api.put("/v1/models", reply)
+        run = self.config_tool("--check", *argv, code=code)
+        self.assertEqual([(r.method, r.target) for r in api.requests], [("GET", "/v1/models")])
+        self.assertEqual(api.gets[0].headers["authorization"], f"Bearer {KEY}")
+        self.assertNotRegex(run.out + run.err, f"{KEY}|be billed")
+        self.assertEqual((self.listing(), self.jobs()), ([], []))
+        return run
+
+    def test_all_is_well(self) -> None:
+        text = self.against(models("gpt-image-2"), 0).out
+        document = self.against(models("gpt-image-2"), 0, "--json")
+        curl = subprocess.run(["curl", "--version"], stdout=subprocess.PIPE, check=True).stdout
+        for fact in (curl.decode().split()[1], str(self.path), str(self.state), "200", KEY[-4:]):
+            self.assertIn(fact, text)
+            self.assertIn(fact, document.out)
+        self.assertEqual((document.json["ok"], document.json["error"]), (True, None))
+
+    def test_what_the_server_may_answer(self) -> None:
+        refused = refusal(401, "invalid_api_key", "Incorrect API key.")
+        for reply, code, pattern in (
+            (refused, 4, "401.*Incorrect API key"),
+            (refusal(403, None, "Your organization must be verified."), 4, "must be verified"),
+            (page(404, "Not Found"), 0, "404.*reachable"),
+            (page(405, "Method Not Allowed"), 0, "405.*reachable"),
+            (Reply(301, headers=[("Location", OTHER)]), 1, "other.example"),
+            (page(502, "Bad Gateway"), 1, "502"),
+        ):
+            with self.subTest(reply.status):
+                run = self.against(reply, code)
+                self.assertRegex(run.out + run.err, pattern)
+        document = self.against(refused, 4, "--json").json
+        self.assertEqual((document["ok"], document["error"]["exit_code"]), (False, 4))
+
+    def test_what_is_missing_here(self) -> None:
+        template = {"base_url": "https://YOUR-RESOURCE.openai.azure.com", **IN_FILE}
+        for name, config, env, fact in (
+            ("the key", {"api_key_env": "OPENAI_API_KEY"}, {}, "OPENAI_API_KEY"),
+            ("curl", IN_FILE, {"PATH": str(self.new_folder("bin"))}, "curl is not installed"),
+            ("the CA file", {**IN_FILE, "cacert": "no.pem"}, {}, "no.pem"),
+            ("the template's resource", template, {}, "put your resource"),
+        ):
+            with self.subTest(name):
+                self.configure(**config)
+                run = self.config_tool("--check", code=3, env=env)
+                self.assertIn(fact, run.out + run.err)
+
+    def test_nobody_there(self) -> None:
+        self.config_tool("--check", "--base-url", f"localhost:{self.closed_port()}", code=7)

@@ -1,9 +1,10 @@
-"""Takes the README's picture of a run: a real kitty on a virtual screen; not part of the tests.
+#!/usr/bin/env python3
+"""Take the README's picture of a run: a real kitty on a virtual screen.
 
-    python3 tests/screenshot.py docs/terminal.png
+    python3 tools/screenshot.py             # docs/terminal.png
+    python3 tools/screenshot.py other.png
 
-Needs Debian's kitty, xvfb and imagemagick (`import`); OpenGL may be in software. With --tmux the
-same happens inside tmux, whose passthrough is switched on.
+Needs Debian's kitty, xvfb and imagemagick (`import`); OpenGL may be in software.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "gpt_image2.py"
+ROOT = Path(__file__).resolve().parent.parent
 SHOWN = 'generate "a cat on a windowsill" --sandbox -s photo --preview'
 SETTINGS = """font_size 12
 remember_window_size no
@@ -48,22 +49,23 @@ def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 30) 
         time.sleep(0.05)
 
 
-def screenshot(target: Path, tmux: bool, home: Path, display: str) -> None:
+def screenshot(target: Path, home: Path, display: str) -> None:
     """Run the session in kitty on a virtual screen and save what is seen."""
     (home / "work").mkdir()
     (home / "kitty.conf").write_text(SETTINGS)
-    quoted = {"python": shlex.quote(sys.executable), "script": shlex.quote(str(SCRIPT))}
+    quoted = {
+        "python": shlex.quote(sys.executable),
+        "script": shlex.quote(str(ROOT / "gpt_image2.py")),
+    }
     text = SESSION.format(home=home, shown=shlex.quote(SHOWN), call=SHOWN, **quoted)
     (home / "session.sh").write_text(text)
-    argv = ["kitty", "--config", str(home / "kitty.conf")]
-    argv += ["tmux", "-L", home.name, "-f", str(home / "tmux.conf"), "new"] if tmux else []
-    (home / "tmux.conf").write_text("set -g allow-passthrough on\nset -g status off\n")
+    argv = ["kitty", "--config", str(home / "kitty.conf"), "sh", str(home / "session.sh")]
     env = {**os.environ, "HOME": str(home), "DISPLAY": display, "LIBGL_ALWAYS_SOFTWARE": "1"}
     env.update(TMPDIR=str(home), XDG_CONFIG_HOME=str(home), XDG_STATE_HOME=str(home))
     screen = subprocess.Popen(["Xvfb", display, "-screen", "0", "960x600x24"])
     try:
         wait_for(Path(f"/tmp/.X11-unix/X{display[1:]}"), screen)
-        terminal = subprocess.Popen([*argv, "sh", str(home / "session.sh")], env=env)
+        terminal = subprocess.Popen(argv, env=env)
         try:
             wait_for(home / "done", terminal)
             time.sleep(2)  # nothing tells when the screen has been drawn
@@ -79,13 +81,15 @@ def screenshot(target: Path, tmux: bool, home: Path, display: str) -> None:
 
 def main() -> None:
     """Take one picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--tmux", action="store_true")
-    parser.add_argument("--display", default=":93")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    target = ROOT / "docs" / "terminal.png"
+    parser.add_argument("target", type=Path, nargs="?", default=target, help="docs/terminal.png")
+    parser.add_argument("--display", default=":93", help="a free X display (:93)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gpt-image-2-") as home:
-        screenshot(args.target.resolve(), args.tmux, Path(home), args.display)
+        screenshot(args.target.resolve(), Path(home), args.display)
 
 
 if __name__ == "__main__":

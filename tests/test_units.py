@@ -1,0 +1,525 @@
+"""The pure parts, called alone: sizes, base URLs, addresses, waits, answers in pieces, pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import tempfile
+import unittest
+from email.utils import formatdate
+from math import log
+from pathlib import Path
+from typing import IO, Any, Iterator
+from unittest import mock
+
+import gpt_image2 as tool
+from tests.case import Case
+from tests.pictures import gif, jpeg, jpeg_segment, png, png_chunk, svg, webp
+from tests.server import b64
+
+PICTURE = png(12, 9, seed=1)
+
+TABLE = """
+    1:1  square     1024x1024 2048x2048 2880x2880
+    16:9 widescreen 1280x720  2048x1152 3840x2160
+    9:16 story      720x1280  1152x2048 2160x3840
+    5:4  print      1040x832  2080x1664 3200x2560
+    4:5  feed       832x1040  1664x2080 2560x3200
+    4:3  classic    1024x768  2048x1536 3264x2448
+    3:4  vertical   768x1024  1536x2048 2448x3264
+    3:2  photo      1008x672  2064x1376 3504x2336
+    2:3  portrait   672x1008  1376x2064 2336x3504
+    21:9 exclusive  1344x576  2016x864  3808x1632
+"""
+ROWS = [line.split() for line in TABLE.strip().splitlines()]
+AREAS = {"1K": 1024**2, "2K": 2048**2, "4K": 8_294_400}
+
+
+def is_legal(width: int, height: int) -> bool:
+    """Return whether a size keeps the flexible rule, as API.md words it."""
+    in_steps = width % 16 == 0 and height % 16 == 0
+    in_shape = max(width, height) <= min(3840, 3 * min(width, height))
+    return in_steps and in_shape and 655_360 <= width * height <= 8_294_400
+
+
+GRID = [(width, height) for width in range(0, 4000, 16) for height in range(0, 4000, 16)]
+LEGAL = [size for size in GRID if is_legal(*size)]
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """Return WIDTHxHEIGHT as numbers."""
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+class TestSpellings(unittest.TestCase):
+    """From what a person types to pixels."""
+
+    def test_the_thirty_named_sizes(self) -> None:
+        for ratio, name, *sizes in ROWS:
+            for tier, size in zip(AREAS, sizes):
+                self.assertTrue(is_legal(*pixels(size)), size)
+                for spelling in (f"{name}@{tier}", f"{ratio}@{tier}", size):
+                    with self.subTest(spelling):
+                        self.assertEqual(tool.parse_size(spelling), pixels(size))
+                        self.assertEqual(tool.parse_size(spelling.swapcase()), pixels(size))
+            self.assertEqual(tool.parse_size(name), pixels(sizes[0]))  # without a tier
+            self.assertEqual(tool.parse_size(ratio), pixels(sizes[0]))
+
+    def test_other_spellings(self) -> None:
+        for spelling, size in (
+            *((f"1536{sign}1024", (1536, 1024)) for sign in "xX×*"),
+            *(("1K", (1024, 1024)), ("2k", (2048, 2048)), ("4K", (2880, 2880))),
+            *(("auto", None), ("AUTO", None)),
+            # multiples of a row's ratio are that row
+            *(("32:18@2K", (2048, 1152)), ("7:3", (1344, 576))),
+        ):
+            with self.subTest(spelling):
+                self.assertEqual(tool.parse_size(spelling), size)
+
+    def test_what_is_no_size(self) -> None:
+        for spelling in (
+            *("", " ", "big", "x", "1024", "1024x", "x1024", "1024x1024x1024", "-16x16", "+16x16"),
+            *("1_024x1024", "１０２４x1024", "1024.0x1024", "1e3x1e3", "1024px", "0x400h", "1024:"),
+            *("8K", "0K", "@2K", "story@", "story@8K", "auto@2K", "2K@2K", "story@2K@2K", "16:9@"),
+            *("0:1", "1:0", ":", "16:9:4", "-1:1", "1.5:1", "1024x1024@2K", "story 2K", "a\nb"),
+        ):
+            with self.subTest(spelling), self.assertRaises(ValueError):
+                tool.parse_size(spelling)
+
+    def test_ratios_that_are_not_in_the_table(self) -> None:
+        """Within one percent of the ratio the nearest area, else the nearest ratio."""
+        for spelling in ("7:5@1K", "2:1@2K", "1:3@4K", "13:11@1K"):
+            with self.subTest(spelling):
+                ratio, tier = spelling.split("@")
+                across, down = map(int, ratio.split(":"))
+                close = [s for s in LEGAL if abs(s[0] / s[1] * down / across - 1) <= 0.01]
+                gaps = {size: abs(log(size[0] * size[1] / AREAS[tier])) for size in close}
+                size = tool.parse_size(spelling)
+                assert size
+                self.assertAlmostEqual(gaps[size], min(gaps.values()))
+        size = tool.parse_size("4:1@2K")
+        assert size
+        self.assertEqual((size[0], is_legal(*size)), (3 * size[1], True))
+
+
+class TestRule(unittest.TestCase):
+    """The flexible rule, and the legal size that is nearest."""
+
+    def test_every_size_on_the_grid(self) -> None:
+        grid = [*GRID, (1920, 1080), (1024, 1025), (1025, 1024), (1000, 1000), (1, 1)]
+        wrong = [size for size in grid if is_legal(*size) == bool(tool.size_fault(*size))]
+        self.assertEqual(wrong, [])
+
+    def test_the_nearest_is_the_least_distance_and_on_a_tie_the_larger(self) -> None:
+        source = random.Random(2026)
+        some = [tuple(int(2 ** source.uniform(4, 13)) for _ in "wh") for _ in range(6)]
+        for width, height in ((1, 1), (99_999, 1), (1500, 600), (1920, 1080), (7680, 4320), *some):
+            with self.subTest(width=width, height=height):
+                gaps = {(w, h): log(w / width) ** 2 + log(h / height) ** 2 for w, h in LEGAL}
+                least = min(gaps.values())
+                tied = [size for size, gap in gaps.items() if gap < least + 1e-9]
+                found = tool.nearest_size(width, height)
+                self.assertIn(found, tied)
+                self.assertEqual(found[0] * found[1], max(w * h for w, h in tied))
+
+
+class TestSizes(Case):
+    """Who enforces which sizes, and the command that explains them."""
+
+    def planned(self, line: str, code: int = 0) -> Any:
+        """Return the document of a dry run of generate."""
+        run = self.run_tool("generate", "x", *line.split(), "--dry-run", "--json")
+        return self.check(run, code).json
+
+    def test_illegal_ones_are_refused_at_every_provider(self) -> None:
+        for size, rule, legal in (
+            *(("1920x1080", "16", "1920x1088"), ("512x512", "655,?360", "816x816")),
+            *(("3840x3840", "8,?294,?400", "2880x2880"), ("3856x2160", "3840", "3840x2160")),
+            *(("3072x1008", "3:1", "[0-9]+x[0-9]+"), ("0x1024", "0", "[0-9]+x[0-9]+")),
+        ):
+            for provider in ("openai", "openai-hk", "generic"):
+                with self.subTest(size, provider=provider):
+                    found = self.planned(f"-s {size} --provider {provider}", 2)["error"]
+                    phrase = f"{size}.*{rule}.*{legal}.*--nearest-size"
+                    self.assertRegex(found["message"], phrase)
+
+    def test_the_nearest_is_taken_and_told(self) -> None:
+        argv = ("generate", "x", "-s", "1920x1080", "--nearest-size", "--dry-run")
+        self.assertRegex(self.check(self.run_tool(*argv), 0).err, "1920x1080.*1920x1088")
+
+    def test_older_models_and_unknown_ones(self) -> None:
+        asked, sizes = "-s 2048x2048 -m gpt-image-1", "1024x1024.*1536x1024.*1024x1536"
+        error = self.planned(f"{asked} --provider openai", 2)["error"]
+        self.assertRegex(error["message"], sizes)
+        for line, size, warning in (
+            (f"{asked} --provider generic", "2048x2048", f"2048x2048.*{sizes}"),
+            ("-s 1536x1024 -m gpt-image-1 --provider openai", "1536x1024", ".*"),
+            ("-s 512x512 -m flux-9", "512x512", "512x512.*816x816"),
+        ):
+            with self.subTest(line):
+                found = self.planned(line)
+                self.assertEqual(found["dry_run"]["fields"]["size"], size)
+                self.assertRegex("\n".join(found["warnings"]), warning)
+
+    def test_the_command(self) -> None:
+        for line, code, out, err in (
+            ("story@2K", 0, "1152x2048\n", r"\A\Z"),
+            ("4K", 0, "2880x2880\n", "16:9@4K.*3840x2160"),  # not what a television calls it
+            ("1920x1080 --nearest-size", 0, "1920x1088\n", ".*"),
+            ("1920x1080", 2, "", "16.*1920x1088"),
+            *(("storry", 2, "", "mean story"), ("wide-screen@2K", 2, "", "mean widescreen")),
+        ):
+            with self.subTest(line):
+                run = self.check(self.run_tool("sizes", *line.split()), code)
+                self.assertEqual(run.out, out)
+                self.assertRegex(run.err, err)
+
+    def test_the_table(self) -> None:
+        lines = [line.split() for line in self.check(self.run_tool("sizes"), 0).out.splitlines()]
+        self.assertEqual([line for line in lines if ":" in line[0]], ROWS)
+        for argv, sizes in (
+            (["--json"], {size for row in ROWS for size in row[2:]}),
+            (["story@2K", "--json"], {"1152x2048"}),
+        ):
+            text = json.dumps(self.check(self.run_tool("sizes", *argv), 0).json)
+            self.assertLessEqual(sizes, set(re.findall(r"\d+x\d+", text)))
+
+
+class TestBaseUrl(unittest.TestCase):
+    """What a person types or pastes, and what is made of it."""
+
+    def test_normal_forms(self) -> None:
+        ends = ["", "/v1///", *(f"/v1/{end}" for end in ("models", "chat/completions", "images"))]
+        ends += ["/v1/images/generations", "/v1/images/edits/"]
+        for given, base in (
+            *((f"relay.example{path}", "https://relay.example/v1") for path in ends),
+            ("relay.example:8443", "https://relay.example:8443/v1"),
+            ("HTTPS://Relay.Example/V1/", "https://relay.example/V1"),
+            (" https://relay.example///\n", "https://relay.example/v1"),
+            ("https://relay.example/images/edits", "https://relay.example/v1"),
+            ("https://r.openai.azure.com/openai/v1", "https://r.openai.azure.com/openai/v1"),
+            ("https://gate.example/v1/a/b/openai", "https://gate.example/v1/a/b/openai"),
+            *((f"{host}:8080", f"http://{host}:8080/v1") for host in ("localhost", "[::1]")),
+            ("127.0.0.1:8080/v1", "http://127.0.0.1:8080/v1"),
+            ("https://localhost:8080", "https://localhost:8080/v1"),
+        ):
+            with self.subTest(given):
+                self.assertEqual(tool.parse_base_url(given).url, base)
+
+    def test_refusals(self) -> None:
+        paths = ('"v1"', "{v1,v2}", "[1-3]", "v1#top", "a b", "\x1b[31m", "a\nurl = b.example")
+        for given in (
+            *(f"{start}hunter2@relay.example" for start in ("https://user:", "user:", "https://")),
+            *("ftp://relay.example", "file:///etc/passwd", "https://", "https://:8080", ""),
+            *("relay.example:99999", "relay.example:0", "relay.exämple", "a.example\\@b.example"),
+            *(f"https://relay.example/{path}" for path in paths),
+        ):
+            with self.subTest(given):
+                with self.assertRaises(ValueError) as caught:
+                    tool.parse_base_url(given)
+                self.assertNotIn("hunter2", str(caught.exception))
+
+    def test_what_a_key_belongs_to(self) -> None:
+        """Scheme, host and port, the spellings of this machine being one host."""
+        same = ("relay.example", "https://RELAY.example:443/v2", "https://relay.example/a/b")
+        others = ["http://relay.example:443", "relay.example:444"]
+        others += ["relay.example.evil", "a.relay.example"]
+        origin = tool.parse_base_url(same[0]).origin
+        self.assertEqual({tool.parse_base_url(text).origin for text in same}, {origin})
+        self.assertNotIn(origin, {tool.parse_base_url(text).origin for text in others})
+        here = ("localhost:80", "127.0.0.1:80", "127.9.9.9:80", "[::1]:80", "LOCALHOST.:80")
+        self.assertEqual(len({tool.parse_base_url(text).origin for text in here}), 1)
+
+    def test_loopback_is_no_more_than_that(self) -> None:
+        for host, loopback in (
+            *(("localhost", True), ("127.0.0.1", True), ("127.1", True), ("[::1]", True)),
+            *(("127.evil.example", False), ("127.0.0.1.evil.example", False), ("0.0.0.0", False)),
+            *(("localhost.evil.example", False), ("10.0.0.1", False), ("128.0.0.1", False)),
+        ):
+            with self.subTest(host):
+                base = tool.parse_base_url(host)
+                self.assertEqual((base.loopback, base.scheme == "http"), (loopback, loopback))
+
+
+class TestAddresses(unittest.TestCase):
+    """Which addresses a link from a server may lead to, as literals and as what a name means."""
+
+    public = (
+        *("8.8.8.8", "1.1.1.1", "198.20.0.1", "2606:4700:4700::1111", "::ffff:8.8.8.8"),
+        *("64:ff9b::808:808", "2002:808:808::1"),
+    )
+    private = (
+        *("0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "127.255.255.254", "169.254.169.254"),
+        *("172.16.0.1", "172.31.255.255", "192.168.1.1", "224.0.0.1", "240.0.0.1"),
+        *("255.255.255.255", "::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254"),
+        *("fec0::1", "ff02::1", "ff0e::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1"),
+        *("::ffff:169.254.169.254", "::ffff:224.0.0.1", "::127.0.0.1", "::10.0.0.1"),
+        *("64:ff9b::127.0.0.1", "64:ff9b::169.254.169.254", "64:ff9b:1::10.0.0.1"),
+        *("2002:7f00:1::1", "2002:a9fe:a9fe::1", "2001:0:a00:1::1", "no address", ""),
+    )
+    fake = ("198.18.0.1", "198.19.255.254")  # what a fake-IP proxy gives to every name
+
+    def test_which_are_public(self) -> None:
+        for literal in (True, False):
+            with self.subTest(literal=literal):
+                everyone = (*self.public, *self.private, *self.fake)
+                found = [address for address in everyone if tool.is_public(address, literal)]
+                self.assertEqual(found, [*self.public, *(() if literal else self.fake)])
+
+
+class TestWaits(unittest.TestCase):
+    """How long to wait before another try."""
+
+    def test_what_the_server_asks_for(self) -> None:
+        for headers, seconds in (
+            *(({"retry-after": text}, float(text)) for text in ("0", "5", "1.5", "120", "86400")),
+            ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+            ({"retry-after-ms": "soon", "retry-after": "9"}, 9),
+            ({"retry-after": formatdate(1_800_000_060, usegmt=True)}, 60),
+            ({"retry-after": formatdate(1_799_999_940, usegmt=True)}, 0),
+            ({}, None),
+        ):
+            with self.subTest(headers), mock.patch("time.time", return_value=1_800_000_000):
+                self.assertEqual(tool.retry_after(headers), seconds)
+
+    def test_junk_is_ignored(self) -> None:
+        junk = ["", "soon", "nan", "inf", "-inf", "-3", "+3", "1e9", "0x10", "1_0", "٣", "３", "5s"]
+        junk += [" ", ",", "Mon,", "0,", "1,2", "Mon, 99 Foo 2026", "9" * 400, "٣.٥", "\x00"]
+        junk += ["Fri, 31 Dec 99999999 23:59:59 GMT", "Fri, 31 Dec 2026 99:99:99 +9999999"]
+        for value in junk:
+            for name in ("retry-after", "retry-after-ms"):
+                with self.subTest(value[:40], name=name):
+                    self.assertIn(tool.retry_after({name: value}), (None, 0))
+
+    def test_without_a_word_it_doubles_up_to_half_a_minute(self) -> None:
+        with mock.patch("random.uniform", return_value=1.0) as jitter:
+            waits = [tool.retry_delay(attempt, None) for attempt in range(9)]
+        self.assertEqual(waits, [0.5, 1, 2, 4, 8, 16, 30, 30, 30])
+        jitter.assert_called_with(0.75, 1.0)
+        self.assertEqual(tool.retry_delay(3, 7.5), 7.5)
+
+
+class TestPieces(unittest.TestCase):
+    """An answer is read window by window; no edge of a window may show."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name, "response.json")
+
+    def read(self, body: str, window: int, long_string: int, *, salvage: bool = False) -> Any:
+        """Read an answer through buffers of these sizes."""
+        self.path.write_text(body, encoding="utf-8")
+        with mock.patch.multiple(tool, WINDOW=window, LONG_STRING=long_string):
+            reply = tool.read_reply(str(self.path), salvage)
+            with self.path.open("rb") as file:
+                return reply, [b"".join(self.pieces(source.value, file)) for source in reply.images]
+
+    def pieces(self, value: str | tool.Span, file: IO[bytes]) -> Iterator[bytes]:
+        """Return the bytes of a base64 picture, which may be long and still in the file."""
+        if isinstance(value, str):
+            return tool.decode_text(iter([value.encode()]))
+        return tool.decode_text(tool.span_pieces(file, value))
+
+    def test_dressed_pictures_beside_any_json(self) -> None:
+        source = random.Random(2)
+        for number in range(300):
+            sizes = source.choices((1, 2, 3, 50, 1000), k=2)
+            pictures = [bytes(source.choices(range(256), k=size)) for size in sizes]
+            entries = [f'{{"b64_json": "{random_dress(source, p)}"}}' for p in pictures]
+            usage = {"a": 1, "b": {"c": 'x\\"\u20ac' * source.randint(0, 3)}}
+            other = json.dumps(random_json(source, 3), ensure_ascii=source.random() < 0.5)
+            data = ", ".join(entries)
+            body = f'\n{{"x": {other}, "data": [{data}], "usage": {json.dumps(usage)}}}'
+            with self.subTest(number, body=body):
+                window, long_string = source.randint(8, 80), source.choice((40, 60, 100))
+                reply, found = self.read(body, window, long_string)
+                self.assertEqual(found, pictures)
+                self.assertEqual((reply.whole, reply.usage), (True, usage))
+
+    def test_streams(self) -> None:
+        event = json.dumps({"type": "image_generation.completed", "b64_json": b64(PICTURE)})
+        preview = json.dumps({"type": "image_generation.partial_image", "b64_json": "AAAA"})
+        for newline in ("\n", "\r\n"):
+            lines = [f": hi{newline}", f"data: {preview}{newline}", "event: x", f"data:{event}"]
+            body = newline.join([*lines, "", "data: [DONE]", "", ""])
+            for window in (16, 17, 40, 4096):
+                with self.subTest(newline=newline, window=window):
+                    reply, found = self.read(body, window, 30)
+                    self.assertEqual((found, reply.whole), ([PICTURE], True))
+
+    def test_a_cut_answer_gives_its_whole_pictures_to_recover_only(self) -> None:
+        data = [{"b64_json": b64(PICTURE)}, {"b64_json": b64(PICTURE[:50])}]
+        text = json.dumps({"created": 1, "data": [*data, {"b64_json": b64(PICTURE)}]})
+        end = text.rindex('"')
+        for cut, count in ((end, 2), (end + 1, 3), (text.index("data"), 0)):
+            for window in (16, 64, 4096):
+                with self.subTest(cut=cut, window=window):
+                    self.assertEqual(self.read(text[:cut], window, 20)[1], [])
+                    reply, found = self.read(text[:cut], window, 20, salvage=True)
+                    self.assertEqual(found, [PICTURE, PICTURE[:50], PICTURE][:count])
+                    self.assertFalse(reply.whole)
+
+    def test_a_cut_escape_is_no_crash(self) -> None:
+        for tail in ("\\", "\\u", "\\u12", '\\"', '\\"}', "\\x", '\\uD83D"}'):
+            for salvage in (False, True):
+                with self.subTest(tail, salvage=salvage):
+                    body = '{"data": [{"b64_json": "AAAAAAAA' + tail
+                    self.assertFalse(self.read(body, 16, 4, salvage=salvage)[0].whole)
+
+    def test_what_json_chokes_on(self) -> None:
+        entry = f'"data": [{{"b64_json": "{b64(PICTURE)}", "revised_prompt": '
+        for value in ("NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', '"\\u0000"', '"\x01"'):
+            with self.subTest(value[:20]):
+                body = f'{{"created": {value}, "usage": {value}, {entry}{value}}}]}}'
+                self.assertEqual(self.read(body, 4096, 1000)[1], [PICTURE])
+        deep = "[" * 100_000
+        text = f'{{"data": [{{"b64_json": "{b64(PICTURE)}"}}], "x": {deep}'
+        self.assertEqual(self.read(text + "}", 4096, 100)[1], [])
+        self.assertEqual(self.read(text, 4096, 100, salvage=True)[1], [PICTURE])
+
+
+def random_json(source: random.Random, depth: int) -> Any:
+    """Return some JSON value, rich in quotes, backslashes and long strings, without a picture."""
+    alphabet = source.choice(('"\\', "ab", 'a"\\/\n\u20ac\x00', "\\u002f{}[]:,"))
+    text = "".join(source.choices(alphabet, k=source.choice((0, 1, 3, 20, 200))))
+    if not depth:
+        return source.choice((text, text, None, True, 1.5, -7, 10**20))
+    values = [random_json(source, depth - 1) for _ in range(source.randrange(4))]
+    return source.choice((text, values, dict(zip("abc", values))))
+
+
+def random_dress(source: random.Random, picture: bytes) -> str:
+    """Return base64 as a JSON string's text, dressed at random."""
+    text = b64(picture)
+    text = source.choice((text, text.replace("+", "-").replace("/", "_")))
+    text = source.choice((text, text.rstrip("=")))
+    if source.random() < 0.3:
+        width, end = source.choice((1, 7, 64)), source.choice(("\\n", "\\r\\n", " "))
+        text = end.join(text[at : at + width] for at in range(0, len(text), width))
+    text = source.choice((text, text.replace("/", "\\/")))
+    if source.random() < 0.3:
+        chosen = source.choice(text.replace("\\", "") or "A")
+        if chosen.isalnum() and chosen not in "nru":
+            text = text.replace(chosen, f"\\u{ord(chosen):04x}")
+    return text
+
+
+class TestBase64(unittest.TestCase):
+    """Text in pieces of any size to bytes, and nothing that is no base64."""
+
+    def decode(self, text: str, size: int) -> bytes:
+        """Decode a text that comes so many characters at a time."""
+        pieces = [text[at : at + size].encode() for at in range(0, len(text), size)]
+        return b"".join(tool.decode_text(iter(pieces)))
+
+    def test_pieces_of_every_size(self) -> None:
+        for picture in (b"", b"a", b"ab", b"abc", PICTURE):
+            for text in (b64(picture), b64(picture).rstrip("="), b64(picture) + "\n"):
+                for size in (1, 2, 3, 4, 5, 64, len(text) + 1):
+                    with self.subTest(text[:12], size=size):
+                        self.assertEqual(self.decode(text, size), picture)
+
+    def test_a_data_prefix(self) -> None:
+        for prefix in ("data:image/png;base64,", " data:;base64,", "DATA:image/png;a=b;BASE64,"):
+            with self.subTest(prefix):
+                self.assertEqual(self.decode(prefix + b64(PICTURE), 100), PICTURE)
+        self.assertEqual(self.decode("data:image/svg+xml,%3Csvg a='b'%3E", 100), b"<svg a='b'>")
+
+    def test_what_is_no_base64(self) -> None:
+        good = b64(b"hello, fox")
+        bad = ["!!!!", "A", "AAAAA", good + "A", good + good, good[:4] + "$" + good[4:]]
+        bad += ["aGVs$$bG8=", good[:4] + "=" + good[4:], "näh", "<svg/>"]
+        bad += [good[:6] + "\x00" + good[6:], "QUJD" * 40_000 + "*" * 4, "QUJD" * 40_000 + "A"]
+        for text in bad:
+            for size in (3, 4, 4096):
+                with self.subTest(text[:20], size=size), self.assertRaises(ValueError):
+                    self.decode(text, size)
+
+
+def look(data: bytes) -> tool.PictureInfo | None:
+    """Inspect bytes."""
+    return tool.inspect_picture(io.BytesIO(data))
+
+
+def is_whole(data: bytes) -> bool:
+    """Return whether bytes are a picture to its end."""
+    info = look(data)
+    return bool(info and info.whole)
+
+
+KINDS = {
+    "png": (png(40, 30), "png", False),
+    "png with alpha": (png(40, 30, alpha=True), "png", True),
+    "jpeg": (jpeg(40, 30), "jpeg", False),
+    "webp lossy": (webp(40, 30, "VP8"), "webp", False),
+    "webp lossless": (webp(40, 30, "VP8L"), "webp", False),
+    "webp extended": (webp(40, 30, "VP8X"), "webp", False),
+    "gif": (gif(40, 30), "gif", False),
+    "animated gif": (gif(40, 30, frames=3), "gif", False),
+    "svg": (svg(40, 30), "svg", True),
+}
+IDAT = png(40, 30)[33:41]  # the length and the name of the chunk that follows the header
+SVG_TAIL = b' viewBox="0 0 40 30"><rect/></svg>'
+METADATA = b"".join(jpeg_segment(0xE1, bytes([number]) * 60_000) for number in range(4))
+SVG_HEADS = (
+    *(b"<svg", b"\xef\xbb\xbf<svg", b"\n\t <svg", b'<?xml version="1.0"?>\n<svg'),
+    b"<!-- made by > a <svg> maker -->\n<!-- twice -->\n<svg",
+    b'<?xml version="1.0"?><!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "a.dtd">\n<svg',
+    b'<svg xmlns="http://www.w3.org/2000/svg" width="100%" height="100%"',
+)
+ODD_KINDS = {
+    "png with tRNS": (png(40, 30).replace(IDAT, png_chunk(b"tRNS", bytes(6)) + IDAT), "png", True),
+    "jpeg behind 240 KB": (b"\xff\xd8" + METADATA + jpeg(40, 30)[2:], "jpeg", False),
+    "filled jpeg": (b"\xff\xd8" + METADATA + b"\xff\xff\xff" + jpeg(40, 30)[2:], "jpeg", False),
+    **{f"{head!r}": (head + SVG_TAIL, "svg", True) for head in SVG_HEADS},
+}
+
+
+class TestPictures(unittest.TestCase):
+    """Format, size, alpha and wholeness, from the bytes alone."""
+
+    def test_every_format(self) -> None:
+        for name, (data, kind, alpha) in {**KINDS, **ODD_KINDS}.items():
+            with self.subTest(name):
+                self.assertEqual(look(data), tool.PictureInfo(kind, 40, 30, alpha, True))
+        for width, height in ((1, 1), (3840, 2160), (1, 9000)):
+            for data in (jpeg(width, height), webp(width, height), gif(width, height)):
+                with self.subTest(data[:4], width=width):
+                    self.assertEqual((look(data) or ())[1:3], (width, height))
+
+    def test_cut_anywhere_is_not_whole(self) -> None:
+        for name, (data, _, _) in KINDS.items():
+            for size in range(len(data.rstrip())):
+                if is_whole(data[:size]):
+                    self.fail(f"{name} cut after {size} of {len(data)} bytes passes as whole")
+        # an end mark in the metadata, or of an inner drawing, ends nothing
+        self.assertFalse(is_whole(jpeg(400, 300, comment=jpeg(8, 8, comment=jpeg(8, 8)))[:-200]))
+        self.assertFalse(is_whole(svg(40, 30).replace(b"<rect", svg(8, 8) + b"<rect")[:-20]))
+
+    def test_padding_after_the_end_is_whole(self) -> None:
+        for name, (data, _, _) in KINDS.items():
+            for padding in (b"\n", b"\r\n  \n") if "svg" in name else (b"\0", bytes(5000)):
+                with self.subTest(name, padding=len(padding)):
+                    self.assertTrue(is_whole(data + padding))
+
+    def test_what_is_no_picture(self) -> None:
+        drawing = svg(40, 30)
+        for data in (
+            *(b"", b"hello", bytes(5000), b"\x89PNG", b"GIF8", b"\xff\xd8", b"<svgx></svgx>"),
+            b"<!DOCTYPE html><html><body>" + drawing + b"</body></html>",
+            *(page + drawing for page in (b"<html><body>", b"<!-- a page --><html>", b"<p>see ")),
+            b'<?xml version="1.0"?><html xmlns="http://www.w3.org/1999/xhtml">' + drawing,
+            b'{"b64_json": "' + b64(PICTURE).encode(),
+            b64(PICTURE).encode(),
+            b"%PDF-1.7" + PICTURE,
+            b"RIFF\x10\0\0\0WAVEfmt " + bytes(20),
+            # an exponential search for the root of an SVG would never end with these
+            *(piece * 300 + b"<html>" for piece in (b"<!-- -->", b"<!--", b" ", b"<?xml?>")),
+            b"<!DOCTYPE svg [" * 300 + b"<html>",
+        ):
+            with self.subTest(data[:40]):
+                self.assertIsNone(look(data))
