@@ -183,6 +183,8 @@ class TestAround(SystemCase):
         self.generate()
         self.check(self.run_tool("edit", "a.png", "x", "--mask-box", "1,1,2,2"), 0)
         self.assertEqual(self.listing(state), ["gpt-image-2/history.jsonl"])
+        names = [part.name for part in api.posts[1].parts]  # curl leaves out a file it can't read
+        self.assertEqual(names, ["model", "prompt", "size", "image", "mask"])
         self.assertEqual(api.posts[1].uploads[0].body, LARGE)
         self.assertNotIn("expect", api.posts[1].headers)
 

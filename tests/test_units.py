@@ -511,7 +511,7 @@ class TestPictures(unittest.TestCase):
         for data in (
             *(b"", b"hello", bytes(5000), b"\x89PNG", b"GIF8", b"\xff\xd8", b"<svgx></svgx>"),
             b"<!DOCTYPE html><html><body>" + drawing + b"</body></html>",
-            *(page + drawing for page in (b"<html><body>", b"<!-- a page --><html>", b"<p>see ")),
+            *(page + drawing for page in (b"<html>", b"<!-- 1 --><html><!-- 2 -->", b"<p>see ")),
             b'<?xml version="1.0"?><html xmlns="http://www.w3.org/1999/xhtml">' + drawing,
             b'{"b64_json": "' + b64(PICTURE).encode(),
             b64(PICTURE).encode(),
