@@ -104,7 +104,7 @@ class TestSandboxServer(SystemCase):
         base = self.start()
         for argv, path in (
             *((["-d", body], "/images/generations") for body in ("{", "[]", '{"model": "m"}')),
-            *((["-F", "prompt=a fox"], "/images/edits"), (["-d", "{}"], "/no/such")),
+            *((["-F", "prompt=a fox"], "/images/edits"), (["-d", '{"prompt": "a"}'], "/no/such")),
         ):
             with self.subTest(argv=argv, path=path):
                 self.assertIn("error", list(json.loads(self.curl(*argv, base + path))))

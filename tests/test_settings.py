@@ -276,7 +276,7 @@ class TestBaseUrl(SettingsCase):
             *((OPENAI, "openai"), (HK, "openai-hk"), (NODEKEY, "nodekey")),
             ("https://r.openai.azure.com/openai/v1", "azure"),
             ("https://api.openai.com.relay.example/v1", "generic"),
-            ("https://notopenai.azure.com.example/v1", "generic"),
+            ("https://notapi.openai.com/v1", "generic"),
         ):
             with self.subTest(base):
                 self.assertEqual(self.shown("--base-url", base)["provider"], provider)
@@ -468,13 +468,15 @@ class TestSources(SettingsCase):
         return run
 
     def test_the_headers_of_a_profile_go_to_its_own_host(self) -> None:
-        profile = {"base_url": self.api.base_url, "headers": {"X-Auth-Token": PROFILE_KEY}}
+        headers = {"X-Auth-Token": PROFILE_KEY, "X-Team": "foxes"}
+        profile = {"base_url": self.api.base_url, "headers": headers}
         self.configure(base_url=RELAY, profiles={"mine": profile})
         self.generate("--profile", "mine")
         self.assertEqual(self.api.posts[0].headers["x-auth-token"], PROFILE_KEY)
         other = self.serve(otherwise=answer(PICTURE))
         run = self.generate("--profile", "mine", "--base-url", other.base_url)
         self.assertNotIn(PROFILE_KEY, str(other))
+        self.assertEqual(other.posts[0].headers["x-team"], "foxes")
         self.assertRegex(run.err, "warning: .*X-Auth-Token")
 
     def test_command_before_variable_before_text(self) -> None:

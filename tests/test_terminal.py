@@ -52,11 +52,11 @@ class TestCompletion(Case):
 
     def written(self, shell: str) -> Path:
         """Return a file that holds the script for a shell; skip where there is no such shell."""
-        if not shutil.which(shell):
-            self.skipTest(f"there is no {shell} here")
         (self.work / "picture.png").touch()
         path = self.tmp / f"completion.{shell}"
         path.write_text(self.check(self.run_tool("completion", shell), 0).out)
+        if not shutil.which(shell):
+            self.skipTest(f"there is no {shell} here")
         return path
 
     def offered(self, *argv: str) -> list[str]:
