@@ -129,6 +129,7 @@ class TestDocument(OutputCase):
         (self.work / "taken.png").write_bytes(b"mine")
         outcomes: list[tuple[str, int, Reply | None, list[str]]] = [
             ("saved", 0, answer(PICTURE), []),
+            ("fewer", 9, answer(PICTURE), ["-n", "2"]),
             ("one is bad", 9, answer(PICTURE, PICTURE[:-20]), ["-n", "2"]),
             ("none whole", 10, BAD, []),
             ("unknown", 8, page(500, "Error"), []),
