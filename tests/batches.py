@@ -28,7 +28,6 @@ Order = Union[Reply, Callable[[], object]]
 
 
 def prompt_of(request: Request) -> str:
-    """Return the prompt of a POST, JSON or form."""
     return str(sent_fields(request)["prompt"])
 
 
@@ -47,8 +46,7 @@ def drawn(label: str) -> bytes:
 class Painter:
     """Answers each POST with pictures of its prompt's own, unless told otherwise.
 
-    The first picture of "a fox" is drawn("a fox"), the second of one answer drawn("a fox, 2"); what
-    is painted when the prompt comes again is another "take": drawn("a fox again").
+    They are drawn("a fox") and drawn("a fox, 2"); when "a fox" comes again, drawn("a fox again").
     """
 
     def __init__(self) -> None:
@@ -80,35 +78,31 @@ class Painter:
         if not isinstance(order, Reply):
             made = order()
             order = made if isinstance(made, Reply) else Reply()
-        if order.status != 200 or order.body or order.chunks or order.silent or order.reset:
+        if order._replace(before=None) != Reply():
             return order
         count = int(sent_fields(request).get("n", 1))
-        labels = [f"{prompt}{again}"]
-        labels += [f"{prompt}{again}, {number}" for number in range(2, count + 1)]
+        labels = [prompt + again, *(f"{prompt}{again}, {at}" for at in range(2, count + 1))]
         self.labels.update((drawn(label), label) for label in labels)
         return answer(*map(drawn, labels))._replace(before=order.before)
 
 
-class Clock:
-    """Time of a run in this process: who sleeps wakes at once, and so much later."""
-
-    def __init__(self, asleep: Callable[[], object]) -> None:
-        self.now, self.asleep, self.pause = 1000.0, asleep, time.sleep
-
-    def sleep(self, seconds: float) -> None:
-        """Stand for time.sleep; the short ones are those of subprocess while a process ends."""
-        if seconds > 0.06:
-            self.asleep()
-        self.now += seconds
-        self.pause(0.001)  # lets others work, as in the loop that waits for a curl
-
-
 @contextlib.contextmanager
-def clock(asleep: Callable[[], object] = lambda: None) -> Iterator[Clock]:
-    """Let a Clock be the time in this process; `asleep` is called in each thread that sleeps."""
-    new = Clock(asleep)
-    with mock.patch("time.sleep", new.sleep), mock.patch("time.monotonic", lambda: new.now):
-        yield new
+def clock(asleep: Callable[[], object] = lambda: None) -> Iterator[Callable[[], float]]:
+    """Let who sleeps in this process wake at once, and so much later; yield what tells the time.
+
+    `asleep` is called in each thread that sleeps.
+    """
+    now, pause = 1000.0, time.sleep
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        if seconds > 0.06:  # not those of subprocess while a process ends
+            asleep()
+        now += seconds
+        pause(0.001)  # lets others work, as in the loop that waits for a curl
+
+    with mock.patch("time.sleep", sleep), mock.patch("time.monotonic", lambda: now):
+        yield lambda: now - 1000.0
 
 
 class BatchCase(SystemCase):
@@ -161,12 +155,11 @@ class BatchCase(SystemCase):
         return runs
 
     def files(self) -> dict[str, bytes]:
-        """Return all files in the work folder but locks."""
         names = [name for name in self.listing() if not name.endswith(".lock")]
         return {name: (self.work / name).read_bytes() for name in names}
 
     def posted(self) -> list[str]:
-        """Return the prompts that were POSTed, in alphabetical order."""
+        """Return the prompts that were POSTed, sorted."""
         return sorted(self.painter.seen)
 
     def post_of(self, prompt: str) -> Request:
@@ -184,9 +177,9 @@ class BatchCase(SystemCase):
         """Assert the pictures in the folder, by name without its .png."""
         self.assertEqual(self.painted(), {f"{name}.png": label for name, label in expected.items()})
 
-    def lines(self, folder: Path | None = None, name: str = "results.jsonl") -> list[Any]:
+    def lines(self, folder: Path | None = None) -> list[Any]:
         """Return the lines of a journal."""
-        text = ((folder or self.folder) / name).read_text(encoding="ascii")
+        text = ((folder or self.folder) / "results.jsonl").read_text(encoding="ascii")
         return [json.loads(line) for line in text.splitlines()]
 
     def states(self) -> dict[str, str]:
@@ -194,7 +187,6 @@ class BatchCase(SystemCase):
         return {line["id"]: line["state"] for line in self.lines()}
 
     def documents(self, run: Run) -> list[Any]:
-        """Return the JSON documents of a run."""
         return [json.loads(line) for line in run.out.splitlines()]
 
     def summary(self, run: Run) -> dict[str, str]:

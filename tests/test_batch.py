@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import threading
-import unittest
 from typing import Any
 
 from tests.batches import (
@@ -24,15 +22,7 @@ from tests.batches import (
 )
 from tests.case import Run
 from tests.pictures import jpeg, png, read_png
-from tests.server import (
-    KEY,
-    OPENAI_USAGE,
-    PATIENCE,
-    Reply,
-    answer,
-    hk_answer,
-    refusal,
-)
+from tests.server import KEY, OPENAI_USAGE, PATIENCE, Reply, answer, hk_answer, refusal
 
 ROOM, CHAIR = png(64, 48, seed=1), png(64, 48, seed=2)
 MASK = png(64, 48, alpha=True, hole=(8, 8, 16, 16))
@@ -41,13 +31,12 @@ LOW_ESTIMATE = 0.0059  # a low 1024x1024: 16 * 16 * (2,000,000 + 1024 * 1024) / 
 
 
 def slow_down(seconds: int) -> Reply:
-    """Return a 429 that asks to wait."""
-    headers = [("Retry-After", str(seconds))]
-    return refusal(429, "rate_limit_exceeded", "Slow.", headers=headers)
+    wait = [("Retry-After", str(seconds))]
+    return refusal(429, "rate_limit_exceeded", "Slow.", headers=wait)
 
 
 class JobsFiles(BatchCase):
-    """The kinds of a jobs file."""
+    """The kinds of a jobs file, what a line of one may say, and what that sends."""
 
     def test_jsonl_an_array_or_a_prompt_a_line(self) -> None:
         long = "a fox and " * 3000 + "a goose"
@@ -58,8 +47,8 @@ class JobsFiles(BatchCase):
             ("d.txt", b"[a, b]\nc\n", ["[a, b]", "c"]),  # text, whatever it begins with
             ("e.TXT", b'{"prompt": "a"}\n', ['{"prompt": "a"}']),
             ("f.x", b"\xef\xbb\xbf\r\n  \na fox\r\n\n\t b \r\n", ["a fox", "b"]),
-            ("g.x", b'\xef\xbb\xbf\n\n{"prompt": "c"}\r\n\n{"prompt": "d"}', ["c", "d"]),
-            ("h.jsonl", json.dumps({"prompt": long}).encode(), [long]),
+            ("g.jsonl", json.dumps({"prompt": long}).encode(), [long]),
+            ("h.x", b'\xef\xbb\xbf\n\n{"prompt": "c"}\r\n\n{"prompt": "d"}', ["c", "d"]),
         ]
         for name, data, prompts in table:
             with self.subTest(name):
@@ -69,85 +58,61 @@ class JobsFiles(BatchCase):
                 self.assertEqual(self.painter.seen, prompts, self.story(run))
                 self.assertEqual(len(run.saved), len(prompts))
                 self.assertEqual({path.parent for path in run.saved}, {self.work / name[0]})
-        file_lines = [line["file_line"] for line in self.lines(self.work / "g")]
+        file_lines = [line["file_line"] for line in self.lines(self.work / "h")]
         self.assertEqual(file_lines, [3, 3, 5, 5])
-
-    def test_standard_input(self) -> None:
-        lines = '{"prompt": "a"}\n\n{"prompt": "b"}\n'
-        self.assertIn("--output-dir", self.refused(file="-", stdin=lines).err)
-        for _ in range(2):
-            self.batch("--output-dir", "out", file="-", stdin=lines)
-            self.assertEqual(self.painted(self.work / "out"), {"0001.png": "a", "0002.png": "b"})
-            self.assertEqual(self.posted(), ["a", "b"])
+        self.assertIn("--output-dir", self.refused(file="-", stdin="a").err)
+        (path,) = self.batch("--output-dir", "out", file="-", stdin=b'{"prompt": "x"}').saved
+        self.assertEqual((path.parent.name, self.painter.seen[-1]), ("out", "x"))
 
     def test_what_is_none(self) -> None:
         (self.work / "folder").mkdir()
-        table: list[tuple[bytes, str]] = [
-            (b"", "no job"),
-            (b"\n \n\t\n", "no job"),
-            (b"[]", "no job"),
-            (b'[{"prompt": "a"}', "no JSON array"),
-            (b'[{"prompt": "a\xff"}]', "no JSON array"),
-            (b'[{"prompt": "a", "prompt": "b"}]', "'prompt' stands twice"),
-        ]
-        for number, (data, why) in enumerate(table):
+        table: dict[bytes, str] = {
+            b"\n \n\t\n": "no job",
+            b"[]": "no job",
+            b'[{"prompt": "a"}': "no JSON array",
+            b'[{"prompt": "a\xff"}]': "no JSON array",
+            b'[{"prompt": "a", "prompt": "b"}]': "'prompt' stands twice",
+        }
+        for data, why in table.items():
             with self.subTest(data=data):
-                name = f"{number}.jsonl"
-                (self.work / name).write_bytes(data)
-                self.assertIn(why, self.refused(file=name).err)
+                (self.work / "jobs.jsonl").write_bytes(data)
+                self.assertIn(why, self.refused().err)
         for name in ("missing.jsonl", "folder"):
             self.assertIn(name, self.refused(file=name).err)
         for words in ((), ("a", "b")):
             self.assertIn("one jobs file", self.check(self.run_tool("batch", *words), 2).err)
 
-
-class Lines(BatchCase):
-    """What a line may say, and what it sends."""
-
     def test_every_option_by_its_name_and_by_the_apis(self) -> None:
+        """The line's word beats the option's, and that the config's."""
+        self.configure(quality="medium", model="gpt-image-1.5", size="1024x1536", format="png")
         table: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            ({}, {"quality": "low", "user": "me"}),
             ({"quality": "high", "user": "you"}, {"quality": "high", "user": "you"}),
-            ({"quality": None}, {"quality": "low", "user": "me"}),
-            ({"model": "gpt-image-1.5"}, {"model": "gpt-image-1.5"}),
-            ({"size": "16:9@2K"}, {"size": "2048x1152"}),
-            ({"size": "1920x1080", "nearest_size": True}, {"size": "1920x1088"}),
-            ({"format": "jpg"}, {"output_format": "jpeg"}),
-            ({"output_format": "webp", "output_compression": 50}, {"output_format": "webp"}),
+            ({"quality": None, "size": "1024x1024"}, {"size": "1024x1024"}),
+            ({"model": "gpt-image-2", "size": "16:9@2K"}, {"size": "2048x1152"}),
+            ({"model": "gpt-image-2", "size": "1920x1080", "nearest_size": True},
+             {"size": "1920x1088", "model": "gpt-image-2"}),
+            ({"output_format": "webp", "output_compression": 50}, {"output_compression": 50}),
             ({"format": "jpeg", "compression": 7}, {"output_compression": 7}),
             ({"background": "opaque", "moderation": "low"}, {"background": "opaque"}),
             ({"safety_identifier": "u1"}, {"safety_identifier": "u1"}),
             ({"params": {"seed": 7, "style.kind": "ink"}}, {"seed": 7, "style": {"kind": "ink"}}),
             ({"param": {"quality": "ultra"}}, {"quality": "ultra"}),
             ({"output": "sub/x.webp"}, {"output_format": "webp"}),
-        ]
+            ({}, {"prompt": "p11"}),
+        ]  # fmt: skip
         lines = [{"prompt": f"p{i}", **line} for i, (line, _) in enumerate(table)]
         (self.work / "long.txt").write_bytes(b"\xef\xbb\xbfa fox\nand a goose\n")
         self.write(*lines, {"prompt_file": "long.txt"})
-        run = self.batch(*LOW, "--user", "me")
+        self.batch(*LOW, "--user", "me", "--param", "seed=1")
         self.assertIn("a fox\nand a goose", self.painter.seen)
+        config = {"model": "gpt-image-1.5", "size": "1024x1536", "output_format": "png"}
+        options = {"quality": "low", "user": "me", "seed": 1}
         for number, (line, expected) in enumerate(table):
             with self.subTest(line=line):
                 sent = self.post_of(f"p{number}").json
-                self.assertEqual({**sent, **expected}, sent, self.story(run))
-        options = {"quality": "low", "user": "me"}
-        plain = {"model": "gpt-image-2", "prompt": "p0", **options}
-        self.assertEqual(self.post_of("p0").json, plain)
-
-    def test_the_lines_word_beats_option_and_config(self) -> None:
-        self.configure(quality="medium", size="1024x1536", model="gpt-image-1.5", format="png")
-        self.write(
-            {"prompt": "a", "size": "1024x1024", "format": "webp"},
-            {"prompt": "b", "model": "gpt-image-2", "output": "b.webp"},
-        )
-        self.batch(*LOW, "--param", "seed=1")
-        for prompt, model, size in (
-            ("a", "gpt-image-1.5", "1024x1024"),
-            ("b", "gpt-image-2", "1024x1536"),
-        ):
-            options = {"quality": "low", "seed": 1, "output_format": "webp"}
-            fields = {"prompt": prompt, "model": model, "size": size, **options}
-            self.assertEqual(self.post_of(prompt).json, fields)
+                self.assertEqual({**sent, **expected}, sent)
+                self.assertLessEqual({**config, **options}.keys(), sent.keys())
+        self.assertEqual(sent, {"prompt": "p11", **config, **options})
 
     def test_edits_each_with_its_own_pictures(self) -> None:
         (self.work / "pics").mkdir()
@@ -166,17 +131,14 @@ class Lines(BatchCase):
                        [ROOM, MASK]),
             "faithful": ({**room, "model": "gpt-image-1", "input_fidelity": "high"}, [ROOM]),
         }  # fmt: skip
-        boxes: list[dict[str, Any]] = [{"mask_box": "1,2,3,4"}, {"mask_box": [1, 2, 3, 4]}]
+        boxes: dict[str, Any] = {"text": "1,2,3,4", "list of numbers": [1, 2, 3, 4]}
         self.write(
             {"prompt": "plain"},
             *({"prompt": prompt, **line} for prompt, (line, _) in table.items()),
-            *({"prompt": f"box {at}", **room, **box} for at, box in enumerate(boxes)),
+            *({"prompt": prompt, **room, "mask_box": box} for prompt, box in boxes.items()),
         )
-        run = self.batch(*LOW)
-        self.assertEqual((len(self.api.posts), len(run.saved)), (10, 11), self.story(run))
-        plain = self.post_of("plain")
-        self.assertEqual(plain.path, "/v1/images/generations")
-        self.assertEqual(plain.json, {"model": "gpt-image-2", "prompt": "plain", "quality": "low"})
+        self.assertEqual(len(self.batch(*LOW).saved), 11)
+        self.assertEqual(self.post_of("plain").path, "/v1/images/generations")
         for prompt, (_, files) in table.items():
             with self.subTest(prompt):
                 post = self.post_of(prompt)
@@ -185,10 +147,10 @@ class Lines(BatchCase):
                 self.assertEqual(post.fields["quality"], "low")
         self.assertEqual(self.post_of("faithful").fields["input_fidelity"], "high")
         self.assertEqual(self.post_of("marked").uploads[1].name, "markup")
-        first, second = (read_png(self.post_of(f"box {at}").uploads[1].body) for at in (0, 1))
-        self.assertEqual(first, second)
-        clear = [(x, y) for y in range(48) for x in range(64) if first.pixel(x, y)[-1] == 0]
-        self.assertEqual(clear, [(x, y) for y in range(2, 6) for x in range(1, 4)])
+        for prompt in boxes:
+            mask = read_png(self.post_of(prompt).uploads[1].body)
+            alphas = [mask.pixel(*place)[-1] for place in ((1, 2), (3, 5), (4, 5), (1, 1))]
+            self.assertEqual(alphas, [0, 0, 255, 255])
         self.assertEqual(self.painted()["0005-2.png"], "absolute, 2")
 
     def test_ids_and_outputs_name_the_pictures(self) -> None:
@@ -235,15 +197,12 @@ class BadLines(BatchCase):
 
     def test_each_by_number_and_reason(self) -> None:
         (self.work / "room.png").write_bytes(ROOM)
-        (self.work / "words.png").write_bytes(b"no picture")
         a = {"prompt": "a"}
-        room = {**a, "images": ["room.png"]}
         table: list[tuple[Any, str]] = [
             ("{nonsense", "not JSON"),
             ('{"prompt": "a"', "not JSON"),
             ("[1]", "not an object"),
             ('{"prompt": "a", "n": 2, "prompt": "b"}', "'prompt' stands twice"),
-            ('{"prompt": "a", "params": {"x": 1, "x": 2}}', "'x' stands twice"),
             ('{"prompt": "a", "params": {"x": NaN}}', "NaN is no JSON"),
             ('{"prompt": "%s"}' % ("x" * 3_000_000), "longer"),
             ({}, "no prompt"),
@@ -254,23 +213,15 @@ class BadLines(BatchCase):
             ({**a, "qualitty": "low"}, "'qualitty'.*did you mean quality"),
             ({**a, "timeout": 5}, "'timeout'"),
             ({**a, "quality": "best"}, "quality.*best"),
-            ({**a, "quality": 3}, "quality"),
             ({**a, "n": 11}, "n: "),
             ({**a, "n": True}, "n: "),
-            ({**a, "n": [2]}, "n: "),
-            ({**a, "size": "512x512"}, "816x816"),
-            ({**a, "format": "jpeg", "background": "transparent"}, "jpeg"),
             ({**a, "images": []}, "images is empty"),
             ({**a, "images": ["missing.png"]}, "missing.png"),
-            ({**a, "images": ["words.png"]}, "words.png"),
             ({**a, "images": [7]}, "images"),
-            ({**a, "mask": "room.png"}, "need images"),
             ({**a, "mask_box": "1,2,3,4"}, "need images"),
-            ({**room, "mask_box": "1,2"}, "mask_box"),
-            ({**room, "mask_box": [0, 0, 99, 99]}, "leaves"),
+            ({**a, "images": ["room.png"], "mask_box": [0, 0, 99, 99]}, "leaves"),
             ({**a, "input_fidelity": "high"}, "input_fidelity.*images"),
             ({**a, "params": [1]}, "params"),
-            ({**a, "params": {"a..b": 1}}, "params"),
             ({**a, "output": 7}, "output"),
             ({**a, "output": "a\u202eb.png"}, "output|path|character"),
             ({**a, "id": "a/b"}, "id 'a/b'"),
@@ -290,8 +241,6 @@ class BadLines(BatchCase):
                 self.assertRegex(told.get(number, "not told"), why)
         self.assertEqual(list(told), list(range(3, len(table) + 3)), run.err)
         self.assertIn(f"{len(table)} lines of {len(table) + 3}", run.err.splitlines()[-1])
-        self.assertFalse(self.folder.exists())
-        self.no_request(self.api)
         self.assertEqual(self.jobs(), [])
         self.assertNotIn("\u202e", run.err)
 
@@ -310,8 +259,10 @@ class BadLines(BatchCase):
 
     def test_an_output_that_exists(self) -> None:
         self.folder.mkdir()
-        (self.folder / "fox.png").write_bytes(b"mine")
-        (self.folder / "owl.png.json").write_bytes(b"mine")
+        for name in ("0001.png", "fox.png", "owl.png.json"):
+            (self.folder / name).write_bytes(b"mine")
+        self.prompts("a")
+        self.assertRegex(self.refused().err, "0001.*--force")
         outputs = ({"prompt": name, "output": f"{name}.png"} for name in ("fox", "owl"))
         self.write({"prompt": "a"}, *outputs)
         told = self.faults(self.refused("--sidecar"))
@@ -346,28 +297,25 @@ class Saving(BatchCase):
     """Jobs to POSTs to pictures."""
 
     def test_every_job_is_sent_once_and_saved_under_its_number(self) -> None:
-        self.prompts(*(f"job {number}" for number in range(12)))
+        expected = {f"{number:04}.png": f"job {number:02}" for number in range(1, 13)}
+        self.prompts(*expected.values())
         run = self.batch()
-        self.assertEqual(self.posted(), sorted(f"job {number}" for number in range(12)))
-        expected = {f"{number + 1:04}.png": f"job {number}" for number in range(12)}
+        self.assertEqual(self.posted(), list(expected.values()))
         self.assertEqual(self.painted(), expected)
         self.assertEqual(sorted(run.saved), [self.folder / name for name in expected])
         self.assertEqual((self.jobs(), self.processes()), ([], []))
-        for post in self.api.posts:
-            self.assertEqual(post.headers["authorization"], f"Bearer {KEY}")
+        keys = {post.headers["authorization"] for post in self.api.posts}
+        self.assertEqual(keys, {f"Bearer {KEY}"})
 
     def test_names_of_several_pictures_and_of_other_kinds(self) -> None:
         self.painter.order("more", answer(drawn("x"), drawn("y")))
         self.painter.order("jpeg", answer(jpeg(8, 8)))
         self.painter.order("link", answer(self.api.put("/a.png", drawn("linked"))))
-        self.write({"prompt": "a", "n": 3}, *({"prompt": p} for p in ("more", "jpeg", "link")))
+        self.prompts("more", "jpeg", "link")
         self.batch()
         names = {name: (self.folder / name).read_bytes() for name in self.painted()}
-        several = {f"0001-{at}.png": drawn(label) for at, label in ((1, "a"), (2, "a, 2"))}
-        several["0001-3.png"] = drawn("a, 3")
-        others = {"0003.jpg": jpeg(8, 8), "0004.png": drawn("linked")}
-        more = {"0002.png": drawn("x"), "0002-2.png": drawn("y")}
-        self.assertEqual(names, {**several, **more, **others})
+        more = {"0001.png": drawn("x"), "0001-2.png": drawn("y")}
+        self.assertEqual(names, {**more, "0002.jpg": jpeg(8, 8), "0003.png": drawn("linked")})
 
     def test_sidecars_and_history(self) -> None:
         self.write({"prompt": "a", "id": "fox"}, {"prompt": "b"})
@@ -378,14 +326,6 @@ class Saving(BatchCase):
             self.assertEqual(told[prompt], [str(self.folder / name)])
             sidecar = json.loads((self.folder / f"{name}.json").read_text())
             self.assertEqual(sidecar["prompt"], prompt)
-
-    def test_a_foreign_file_of_the_same_name(self) -> None:
-        self.folder.mkdir()
-        (self.folder / "0002.png").write_bytes(b"mine")
-        self.prompts("a", "b")
-        self.assertRegex(self.refused().err, "0002.*--force")
-        self.batch("--force")
-        self.check_pictures(**{"0001": "a", "0002": "b"})
 
     def test_what_changes_meanwhile(self) -> None:
         """The jobs file is read once; a new file stays; a changed picture is not sent."""
@@ -416,10 +356,6 @@ class Saving(BatchCase):
         self.assertNotIn(KEY, run.out + run.err)
         (self.work / "jobs.jsonl").unlink()  # tearDown looks into all other files
 
-
-class Folders(BatchCase):
-    """Where a batch's pictures go."""
-
     def test_each_place(self) -> None:
         (self.work / "sub").mkdir()
         self.prompts("a").rename(self.work / "sub" / "my.jobs.jsonl")
@@ -430,11 +366,9 @@ class Folders(BatchCase):
         own = {**none, "GPT_IMAGE2_OUTPUT_DIR": f"{self.tmp}/all"}
         table: list[tuple[str, tuple[str, ...], str, dict[str, str | None]]] = [
             ("sub/my.jobs.jsonl", (), f"{self.work}/sub/my.jobs", none),
-            ("jobs.jsonl", ("--output-dir", "deep/er"), f"{self.work}/deep/er", none),
-            ("plain", ("--output-dir", "out"), f"{self.work}/out", none),
+            ("plain", ("--output-dir", "deep/er"), f"{self.work}/deep/er", {}),
             ("jobs.jsonl", (), f"{self.tmp}/all/jobs", own),
             ("jobs.jsonl", (), f"{self.tmp}/mine/jobs", {}),
-            ("jobs.jsonl", ("--output-dir", "here"), f"{self.work}/here", {}),
         ]
         for file, argv, expected, env in table:
             with self.subTest(expected):
@@ -452,13 +386,9 @@ class Folders(BatchCase):
         self.no_request(self.api)
         names = ("0001-sandbox.png", "fox-sandbox-1.png", "fox-sandbox-2.png")
         self.assertEqual(sorted(run.saved), [self.work / "jobs-sandbox" / name for name in names])
-        where = ("--output-dir", "one")
-        self.batch("--sandbox", *where)
-        self.batch(*where)
+        for argv, saved in ((("--sandbox",), 3), ((), 3), (("--sandbox",), 0), ((), 0)):
+            self.assertEqual(len(self.batch("--output-dir", "one", *argv).saved), saved)
         self.assertEqual(self.posted(), ["a", "b"], "its pictures are not taken for real ones")
-        self.assertEqual(self.batch("--sandbox", *where).saved, [])
-        self.assertEqual(self.batch(*where).saved, [])
-        self.assertEqual(self.posted(), ["a", "b"])
 
 
 class Said(BatchCase):
@@ -481,32 +411,29 @@ class Said(BatchCase):
         self.assertEqual(self.batch("--quiet", "--output-dir", "quiet").err, "")
 
     def test_documents(self) -> None:
-        (self.work / "room.png").write_bytes(png(16, 16))
+        (self.work / "room.png").write_bytes(ROOM)
         edit = {"prompt": "b", "images": ["room.png"]}
-        self.write({"prompt": "a", "id": "fox"}, edit, {"prompt": "c"}, {"prompt": "d"})
+        self.write({"prompt": "a", "id": "fox"}, edit, {"prompt": "c"})
         self.painter.order("c", BAD_REQUEST)
         argv = ("--json", "--provider", "openai", *ONE, *LOW)
         *jobs, total = self.documents(self.batch(*argv, code=9))
         told = [(job["id"], job["command"], job["state"], job["ok"]) for job in jobs]
         expected = [("fox", "generate", "saved", True), ("0002", "edit", "saved", True)]
-        expected += [("0003", "generate", "refused", False), ("0004", "generate", "saved", True)]
-        self.assertEqual(told, expected)
+        self.assertEqual(told, [*expected, ("0003", "generate", "refused", False)])
         self.assertEqual([image["path"] for image in jobs[0]["images"]], [f"{self.folder}/fox.png"])
         self.assertEqual(jobs[0]["usage"], OPENAI_USAGE)
         self.assertAlmostEqual(jobs[0]["cost"]["amount"], PICTURE_COST)
         self.assertEqual(jobs[2]["error"]["code"], "invalid_value")
         self.assertEqual((total["ok"], total["command"], total["schema"]), (False, "batch", 1))
         cost = total["summary"].pop("cost")
-        self.assertAlmostEqual(cost["amount"], 3 * PICTURE_COST)
+        self.assertAlmostEqual(cost["amount"], 2 * PICTURE_COST)
         self.assertEqual(cost["currency"], "USD")
         zero = dict.fromkeys(("skipped", "partial", "failed", "unknown", "deferred", "left"), 0)
-        self.assertEqual(total["summary"], {**zero, "jobs": 4, "saved": 3, "refused": 1})
-        paths = [total[name] for name in ("folder", "journal", "gallery")]
-        ends = ("", "/results.jsonl", "/index.html")
-        self.assertEqual(paths, [f"{self.folder}{end}" for end in ends])
+        self.assertEqual(total["summary"], {**zero, "jobs": 3, "saved": 2, "refused": 1})
+        ends = {"folder": "", "journal": "/results.jsonl", "gallery": "/index.html"}
+        paths = {name: f"{self.folder}{end}" for name, end in ends.items()}
+        self.assertEqual({**total, **paths}, total)
         self.assertEqual(total["error"]["exit_code"], 9)
-        (again,) = self.documents(self.batch(*argv, code=9))
-        self.assertEqual((again["summary"]["skipped"], again["summary"]["refused"]), (3, 1))
 
     def test_a_document_is_printed_as_its_job_finishes(self) -> None:
         release = self.painter.hold("b")
@@ -518,28 +445,8 @@ class Said(BatchCase):
         run = self.check(self.finish(tool), 0)
         self.assertEqual([document["ok"] for document in self.documents(run)], [True, True])
 
-    @unittest.skipUnless(hasattr(os, "openpty"), "needs pseudo-terminals")
-    def test_on_a_terminal_one_line_that_is_written_over(self) -> None:
-        release = self.painter.hold("b")
-        self.prompts("a", "b", "c")
-        self.painter.order("c", BAD_REQUEST)
-        master, slave = os.openpty()
-        self.addCleanup(os.close, master)
-        tool = self.start_tool("batch", "jobs.jsonl", env={"TERM": "xterm"}, stderr=slave)
-        os.close(slave)
-        shown = ""
-        while not re.search("1 done, 1 failed, 1 left", shown):
-            shown += os.read(master, 65536).decode()
-        release.set()
-        self.assertEqual(len(self.check(self.finish(tool), 9).saved), 2)
-        self.assertRegex(shown, r"\r\x1b\[K[-|/\\] [^\n]*1 done, 1 failed, 1 left")
-
-
-class DryRun(BatchCase):
-    """Shows everything, makes nothing."""
-
-    def test_as_text_and_as_json(self) -> None:
-        (self.work / "room.png").write_bytes(png(16, 16))
+    def test_dry_run_as_text_and_as_json(self) -> None:
+        (self.work / "room.png").write_bytes(ROOM)
         edit = {"prompt": "b", "id": "own", "images": ["room.png"], "size": "1024x1024"}
         self.write({"prompt": "a fox", "n": 2}, edit, {"prompt": "c\x1b[31m"})
         before = self.listing(self.tmp)
@@ -564,7 +471,7 @@ class DryRun(BatchCase):
         self.assertEqual(self.listing(self.tmp), before)
         self.no_request(self.api)
 
-    def test_of_a_batch_that_is_half_done(self) -> None:
+    def test_dry_run_of_a_batch_that_is_half_done(self) -> None:
         self.prompts("a", "b", "c")
         self.painter.order("b", UNAUTHORIZED)
         self.painter.order("c", SILENT)
@@ -585,7 +492,6 @@ class Verdicts(BatchCase):
         table: list[tuple[str, int, Reply]] = [
             ("refused", 1, BAD_REQUEST),
             ("refused", 5, NOT_THIS),
-            ("refused", 1, refusal(404, None, "No such model.")),
             ("failed", 4, UNAUTHORIZED),
             ("failed", 6, NO_CREDIT),
             ("failed", 6, slow_down(0)),
@@ -606,7 +512,7 @@ class Verdicts(BatchCase):
             with self.subTest(state=state, status=reply.status, body=reply.body[:80]):
                 self.assertEqual(self.states()[f"j{number}"], state)
                 self.assertEqual(told[f"j{number}"], (state, code))
-        self.assertEqual(total["summary"]["refused"], 3)
+        self.assertEqual(total["summary"]["refused"], 2)
         self.assertEqual(len(self.api.posts), len(table))
 
     def test_the_lines_of_the_journal(self) -> None:
@@ -619,44 +525,39 @@ class Verdicts(BatchCase):
         sent, saved, sent_too, refused = self.lines()
         self.assertEqual(on_arrival, [sent])
         self.assertEqual([sent["state"], sent_too["state"]], ["sent", "sent"])
-        for line in (sent, saved):
-            self.assertEqual((line["id"], line["number"], line["file_line"]), ("0001", 1, 1))
-            self.assertEqual((line["schema"], line["prompt"]), (1, "a"))
-        self.assertEqual(sent["identity"], saved["identity"])
-        self.assertEqual(sent["job_id"], saved["job_id"])
+        names = ("identity", "job_id", "id", "number", "file_line", "schema", "prompt")
+        told, told_too = ([line[name] for name in names] for line in (sent, saved))
+        self.assertEqual(told, told_too)
+        self.assertEqual(told[2:], ["0001", 1, 1, 1, "a"])
         self.assertEqual((saved["state"], saved["error"]), ("saved", None))
-        names = ("0001-1.png", "0001-2.png")
-        self.assertEqual(saved["paths"], [str(self.folder / name) for name in names])
+        paths = [str(self.folder / name) for name in ("0001-1.png", "0001-2.png")]
+        self.assertEqual((saved["paths"], saved["usage"]), (paths, OPENAI_USAGE))
         self.assertEqual([image["width"] for image in saved["images"]], [16, 16])
-        self.assertEqual(saved["usage"], OPENAI_USAGE)
         self.assertAlmostEqual(saved["cost"]["amount"], PICTURE_COST)
-        self.assertEqual(
-            (refused["state"], refused["id"], refused["paths"]), ("refused", "fox", [])
-        )
-        self.assertEqual(
-            (refused["error"]["code"], refused["error"]["exit_code"]), ("moderation_blocked", 5)
-        )
+        told = [refused[name] for name in ("state", "id", "paths")]
+        self.assertEqual(told, ["refused", "fox", []])
+        error = refused["error"]
+        self.assertEqual((error["code"], error["exit_code"]), ("moderation_blocked", 5))
 
     def test_exit_codes_of_the_whole(self) -> None:
-        partial = answer(drawn("x"), b"no picture")
-        table: list[tuple[int, list[Reply]]] = [
-            (0, [Reply(), Reply()]),
-            (9, [Reply(), BAD_REQUEST]),
-            (9, [Reply(), SILENT]),
-            (9, [partial, BAD_REQUEST]),
-            (1, [BAD_REQUEST, BAD_REQUEST]),
-            (5, [NOT_THIS, NOT_THIS]),
-            (4, [UNAUTHORIZED, UNAUTHORIZED]),
-            (8, [SILENT, SILENT]),
-            (1, [BAD_REQUEST, UNAUTHORIZED]),
+        table: list[tuple[int, Reply, Reply]] = [
+            (0, Reply(), Reply()),
+            (9, Reply(), BAD_REQUEST),
+            (9, Reply(), SILENT),
+            (9, answer(drawn("x"), b"no picture"), BAD_REQUEST),
+            (1, BAD_REQUEST, BAD_REQUEST),
+            (5, NOT_THIS, NOT_THIS),
+            (4, UNAUTHORIZED, UNAUTHORIZED),
+            (8, SILENT, SILENT),
+            (1, BAD_REQUEST, UNAUTHORIZED),
         ]
-        for number, (code, replies) in enumerate(table):
+        for number, (code, *replies) in enumerate(table):
             with self.subTest(code=code, statuses=[reply.status for reply in replies]):
-                prompts = [f"{number} {index}" for index in range(len(replies))]
+                prompts = [f"{number} {index}" for index in range(2)]
                 for prompt, reply in zip(prompts, replies):
                     self.painter.order(prompt, reply)
-                self.write(*({"prompt": prompt} for prompt in prompts), name=f"{number}.jsonl")
-                self.batch(file=f"{number}.jsonl", code=code)
+                self.prompts(*prompts)
+                self.batch("--output-dir", str(number), code=code)
 
     def test_before_anything_is_sent(self) -> None:
         """Nobody listens, there is no key, there is no curl: the next run sends all."""
@@ -704,10 +605,10 @@ class Pace(BatchCase):
         self.prompts("b", "a", "d", "c")
         for rpm, seconds in ((1, 180.0), (20, 9.0)):
             self.painter.seen.clear()
-            with clock() as now:
+            with clock() as passed:
                 self.batch("--rpm", str(rpm), *ONE, "--output-dir", str(rpm))
             self.assertEqual(self.painter.seen, ["b", "a", "d", "c"])
-            self.assertAlmostEqual(now.now - 1000.0, seconds, places=1)
+            self.assertAlmostEqual(passed(), seconds, places=1)
 
     def test_a_429_holds_all_workers(self) -> None:
         """B's worker is free once a's waits; it waits too, and c is not begun before that ends."""
@@ -730,25 +631,14 @@ class Pace(BatchCase):
 
         self.painter.order("a", hold_a)
         self.prompts("a", "b", "c", "d")
-        with clock(asleep) as now:
+        with clock(asleep) as passed:
             run = self.batch("--concurrency", "2")
         self.assertTrue(both_sleep.is_set())
         self.assertEqual(posts, 2)
         self.assertIn("all wait 60 s", run.err)
-        self.assertGreaterEqual(now.now - 1000.0, 60)
+        self.assertGreaterEqual(passed(), 60)
         self.assertEqual(self.posted(), ["a", "a", "b", "c", "d"])
         self.assertEqual(len(self.painted()), 4)
-
-    def test_an_hours_wait_can_be_left(self) -> None:
-        self.painter.order("a", slow_down(3600))
-        self.prompts("a", "b")
-        tool = self.start_tool("batch", "jobs.jsonl", *ONE)
-        self.hear(tool, "3600 s")
-        tool.send_signal(signal.SIGINT)
-        self.assertEqual(self.check(self.finish(tool), 130).out, "")
-        self.batch()
-        self.assertEqual(self.posted(), ["a", "a", "b"])
-        self.check_pictures(**{"0001": "a again", "0002": "b"})
 
 
 class MaxCost(BatchCase):
@@ -763,14 +653,27 @@ class MaxCost(BatchCase):
             self.assertIn(f"--max-cost {limit}", run.err)
         return self.summary(run)["left"]
 
-    def test_leaves_what_could_pass_it_for_another_run(self) -> None:
-        self.prompts("a", "b", "c")
-        self.assertEqual(self.left("0.015"), "1")
-        self.assertEqual(self.painter.seen, ["a", "b"])
-        self.assertEqual(self.left("0.015"), "1")
-        self.assertEqual(self.painter.seen, ["a", "b"], "what an earlier run spent counts")
-        self.assertEqual(self.left("0.03", code=0), "0")
-        self.assertEqual(self.painter.seen, ["a", "b", "c"])
+    def test_counts_what_is_spent_and_what_may_be_and_the_next_one(self) -> None:
+        """A picture costs 0.0083; one that is to come, or may have been billed, counts 0.0059."""
+        half = answer(drawn("a"), b"no picture")
+        table: list[tuple[str, Reply, str, str, str, str]] = [
+            ("saved", Reply(), "0.0141", "a", "0.015", "ab"),
+            ("unknown", SILENT, "0.0195", "ab", "0.0205", "abc"),
+            ("saved in part", half, "0.014", "a", "0.0143", "ab"),
+            ("not billed", BAD_REQUEST, "0.0058", "", "0.006", "ab"),
+        ]
+        for name, reply, low, of_low, high, of_high in table:
+            with self.subTest(name):
+                prompts = [f"{letter} {name}" for letter in "abc"]
+                self.painter.seen.clear()
+                self.painter.order(prompts[0], reply)
+                self.prompts(*prompts)
+                for limit, letters in ((low, of_low), (low, of_low), (high, of_high)):
+                    code = 6 if not letters else 9
+                    argv = ("--max-cost", limit, *self.openai, *ONE, "--output-dir", name)
+                    run = self.batch(*argv, code=code)
+                    self.assertEqual(self.painter.seen, prompts[: len(letters)])
+                    self.assertEqual(self.summary(run)["left"], str(3 - len(letters)))
 
     def test_counts_what_is_in_flight(self) -> None:
         """Of four workers two find no money left, and wait until they know what the others cost."""
@@ -786,36 +689,6 @@ class MaxCost(BatchCase):
         with clock(asleep):
             self.batch("--max-cost", "0.013", *self.openai, code=9)
         self.assertEqual(self.posted(), ["a", "b"])
-
-    def test_a_job_that_was_not_billed_gives_its_money_back(self) -> None:
-        self.prompts("a", "b")
-        self.painter.order("a", BAD_REQUEST)
-        self.batch("--max-cost", "0.006", *self.openai, code=9)
-        self.assertEqual(self.posted(), ["a", "b"])
-
-    def test_counts_what_may_have_been_billed(self) -> None:
-        """A is unknown (0.0059), b saved (0.0083): with c (0.0059) that makes 0.0201."""
-        self.prompts("a", "b", "c")
-        self.painter.order("a", SILENT)
-        for _ in range(2):
-            self.assertEqual(self.left("0.0195"), "1")
-            self.assertEqual(self.painter.seen, ["a", "b"])
-        self.batch("--max-cost", "0.0205", *self.openai, code=9)
-        self.assertEqual(self.painter.seen, ["a", "b", "c"], "but no more than once")
-
-    def test_counts_what_is_saved_in_part(self) -> None:
-        """A cost 0.0083, of two pictures one of which is broken; with b (0.0059) that is 0.0142."""
-        self.prompts("a", "b")
-        self.painter.order("a", answer(drawn("a"), b"no picture"))
-        for _ in range(2):
-            self.assertEqual(self.left("0.014"), "1")
-        self.assertEqual(self.painter.seen, ["a"])
-
-    def test_auto_counts_as_high(self) -> None:
-        self.prompts("a")
-        self.assertEqual(self.left("0.2", "--provider", "openai", code=6), "1")
-        self.assertEqual(self.painter.seen, [])
-        self.assertEqual(self.left("0.22", "--provider", "openai", code=0), "0")
 
     def test_counts_what_a_redo_pays_again(self) -> None:
         self.prompts("a", "b")
@@ -837,8 +710,6 @@ class MaxCost(BatchCase):
 
 
 class Company(BatchCase):
-    """Two runs at once."""
-
     def test_what_others_do_while_a_batch_runs(self) -> None:
         """The same batch names this one; another, and a single request, don't mind it."""
         self.prompts("a")
