@@ -7,6 +7,7 @@ import collections
 import contextlib
 import gzip
 import json
+import os
 import random
 import re
 import shutil
@@ -281,7 +282,8 @@ class Way(DeferredCase):
         self.write({"prompt": "job 1", "n": 2}, changed, "job 3", edit, output)
         self.batch()
         self.assertEqual([line["body"].get("n") for line in self.api.lines()][:2], [2, None])
-        self.write("job 3", {**changed, "prompt": "job 22"}, "job 7")
+        moved = {"prompt": "job 3", "output": "elsewhere.png"}
+        self.write(moved, {**changed, "prompt": "job 22"}, "job 7")
         (self.work / "in.png").unlink()
         self.batch(code=None)
         self.check_batches(generations=1, edits=1)
@@ -351,6 +353,22 @@ class Kills(DeferredCase):
                 with pauses(bool, held.release.set):
                     self.batch()
                 self.check_batches(generations=1)
+
+    def test_a_signal_while_results_are_saved(self) -> None:
+        self.submitted(4)
+        self.api.end()
+        sync, signals = os.fsync, [signal.SIGINT]
+
+        def interrupted(file: int) -> None:
+            sync(file)
+            if self.pictures() and signals:
+                signal.raise_signal(signals.pop())
+
+        with mock.patch("os.fsync", interrupted):
+            run = self.batch(code=130)
+        self.assertLess(len(run.saved), 4)
+        self.batch()
+        self.check_pictures("job 1", "job 2", "job 3", "job 4")
 
     def test_within_the_journal(self) -> None:
         """A kill leaves any number of lines; cut where nothing was sent yet, it's such a kill."""
