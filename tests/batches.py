@@ -138,11 +138,10 @@ class BatchCase(SystemCase):
         return run
 
     def refused(self, *argv: Argument, **options: Any) -> Run:
-        """Run a batch that must be refused as wrong usage: exit 2, nothing sent, nothing made."""
-        before, posts = self.files(), len(self.api.posts)
+        """Run a batch that must be refused as wrong usage: nothing sent, nothing made."""
+        before = (self.files(), len(self.api.posts))
         run = self.batch(*argv, code=2, **options)
-        self.assertEqual(len(self.api.posts), posts, self.story(run))
-        self.assertEqual(self.files(), before)
+        self.assertEqual((self.files(), len(self.api.posts)), before, self.story(run))
         return run
 
     def beside(self, prompt: str, *lines: str) -> list[Run]:
