@@ -480,7 +480,7 @@ class TestDryRun(RequestCase):
         for argv in (self.generate, self.edit):
             with self.subTest(argv[0]):
                 run = self.dry_run(*argv, "--verbose")
-                line = re.search(r"(?ms)^(printf %s \S+ \| base64 -d \| )?curl .*", run.out)
+                line = re.search(r"(?ms)^(printf %s \S+ \| base64 -d \| )?curl -q .*", run.out)
                 assert line, self.story(run)
                 self.assertIn("$GPT_IMAGE2_API_KEY", line[0])
                 command = ["sh", "-c", f"({line[0]}) >/dev/null"]
