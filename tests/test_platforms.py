@@ -112,7 +112,7 @@ class TestWindowsWords(Case):
     def test_the_way_to_recover_runs_as_it_stands(self) -> None:
         python = ntpath.join("C:\\", "Program Files", "Python", "python.exe")
         with mock.patch("os.name", "nt"), mock.patch("sys.executable", python):
-            shown = gpt_image2.recover_command("20261121T000000Z-0123456789ab")
+            shown = gpt_image2.own_command("recover", "20261121T000000Z-0123456789ab")
         self.assertRegex(
             shown, rf'^"{re.escape(python)}" .* recover 20261121T000000Z-0123456789ab$'
         )

@@ -1,18 +1,21 @@
-"""What commit 221830f wrote is read, resumed and recovered: jobs, configs, the history."""
+"""What version 0.1 (commit 221830f) wrote is read, resumed and recovered by this one."""
 
 from __future__ import annotations
 
-import io
+import base64
 import json
-import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-import gpt_image2
+from tests.batches import BatchCase, drawn
+from tests.case import Case, Run
+from tests.deferreds import CREATE, BatchApi, picture_of
 from tests.pictures import png
-from tests.support import Api, Case, answer
+from tests.server import Api, answer
+from tests.test_deferred import DeferredCase
 
 DATA = Path(__file__).resolve().parent / "data" / "today"
 FIRST, SECOND, OTHER = (png(8, 8, seed=seed) for seed in (1, 2, 3))
@@ -91,19 +94,8 @@ class TestResumed(TodayCase):
             Path(place, "response.json").write_bytes(came)
             return False
 
-        output, here = io.TextIOWrapper(io.BytesIO()), os.getcwd()
-        os.chdir(self.work)
-        self.addCleanup(os.chdir, here)
-        for target, value in (
-            ("gpt_image2.curl_lives", lives),
-            ("gpt_image2.Signals.install", mock.Mock()),
-            ("sys.stdout", output),
-        ):
-            patch = mock.patch(target, value)
-            patch.start()
-            self.addCleanup(patch.stop)
-        with mock.patch.dict(os.environ, self.env):
-            self.assertEqual(gpt_image2.main([*FOX, "--quiet"]), 0)
+        with mock.patch("gpt_image2.curl_lives", lives):
+            self.check(self.run_tool(*FOX), 0)
         self.assertEqual((self.work / "fox.png").read_bytes(), FIRST)
         self.assertEqual((api.posts, self.jobs()), ([], []))
 
@@ -160,3 +152,149 @@ class TestSettings(TodayCase):
         run = self.check(self.run_tool("history", "--json"), 0)
         self.assertEqual([len(entry["paths"]) for entry in run.json["entries"]], [0, 1])
         self.assertEqual(run.json["totals"][0]["calls"], 2)
+
+
+def unpack(case: Case, api: Api, name: str) -> Any:
+    """Put a data file's folders into a case, and return the whole of it."""
+    data = json.loads((DATA / f"{name}.json").read_text("ascii"))
+    marks = {"@BASE@": api.base_url, "@WORK@": str(case.work), "@STATE@": str(case.state)}
+    for label, held in data["files"].items():
+        path = case.tmp / label
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if isinstance(held, str):
+            for mark, found in marks.items():
+                held = held.replace(mark, found)
+            path.write_text(held, encoding="utf-8")
+        else:
+            path.write_bytes(base64.b64decode(held["base64"]))
+        if path.name == "job.json":
+            (path.parent / "lock").touch()
+    return data
+
+
+OPENAI = ("--provider", "openai")
+
+
+class Journals(BatchCase):
+    """Half-done batches with their job folders."""
+
+    def unpack(self, name: str) -> None:
+        """Put a batch of version 0.1 into the work and state folders."""
+        unpack(self, self.api, name)
+        for label in "abcdef":  # what the server of that day painted
+            for take in ("", ", 2", " again"):
+                self.painter.labels[drawn(label + take)] = label + take
+
+    def test_killed_with_answers_on_the_way(self) -> None:
+        self.unpack("killed")
+        self.assertEqual(len(self.jobs()), 4)
+        run = self.batch(*OPENAI, "--concurrency", "1", code=9)
+        self.assertEqual(self.painter.seen, ["e", "f"], "what curl never sent, and what was left")
+        self.assertEqual(len(run.saved), 4)
+        told = {**dict.fromkeys(["0001", "0002", "0003", "0005", "0006"], "saved")}
+        self.assertEqual(self.states(), {**told, "0004": "unknown"})
+        self.assertEqual(self.batch(*OPENAI, code=9).saved, [])
+        self.batch(*OPENAI, "--redo", "unknown")
+        self.assertEqual(self.painter.seen, ["e", "f", "d"])
+        self.assertEqual(sorted(self.painted().values()), list("abcdef"))
+
+    def test_recover_tells_the_batch(self) -> None:
+        self.unpack("killed")
+        run = self.check(self.run_tool("recover", "--all"), 9)
+        self.assertEqual({path.parent for path in run.saved}, {self.folder})
+        self.assertEqual(len(run.saved), 2)
+        states = self.states()
+        self.assertEqual([states[f"000{n}"] for n in (1, 2, 3)], ["saved"] * 3)
+        self.no_request(self.api)
+
+    def test_each_state_is_taken_over(self) -> None:
+        self.unpack("states")
+        argv = (*OPENAI, "--quality", "low")
+        self.assertEqual(self.states()["0004"], "unknown")
+        run = self.batch(*argv, code=9)
+        self.assertEqual(self.painter.seen, ["b"], "only what was not billed")
+        states = list(self.states().values())
+        self.assertEqual(states, ["saved", "saved", "refused", "saved", "partial"])
+        names = {path.name: self.painter.labels[path.read_bytes()] for path in run.saved}
+        self.assertEqual(names, {"0002.png": "b", "0004.png": "d"}, "d is whole in half an answer")
+        self.check(self.run_tool("history"), 0)
+        dry = self.batch(*argv, "--dry-run").out.splitlines()
+        self.assertEqual([line.split()[1] for line in dry[:5]], ["skip"] * 5)
+        self.batch(*argv, "--redo", "failed", code=9)
+        self.assertEqual(self.painter.seen, ["b", "c"])
+
+    def test_what_was_spent_counts(self) -> None:
+        self.unpack("states")
+        argv = (*OPENAI, "--quality", "low", "--max-cost", "0.02")
+        self.assertIn("--max-cost 0.02 is reached", self.batch(*argv, code=9).err)
+        self.assertEqual(self.painter.seen, [])
+
+    def test_changed_options_are_refused(self) -> None:
+        self.unpack("states")
+        run = self.batch(*OPENAI, "--quality", "high", code=2)
+        self.assertIn("quality low -> high", run.err)
+        self.no_request(self.api)
+
+    def test_a_redo_is_finished_and_not_begun_again(self) -> None:
+        self.unpack("redo")
+        run = self.batch("--redo", "all")
+        self.assertEqual(self.painter.seen, ["c"])
+        self.assertEqual(len(run.saved), 2)
+        self.assertEqual(self.jobs(), [])
+
+
+class Pending(DeferredCase):
+    """Batches at OpenAI."""
+
+    def unpack(self, name: str) -> None:
+        """Put a deferred batch of version 0.1 into the folders, and its like into the server."""
+        data: Any = unpack(self, self.api, name)
+        self.api.batches.update(data["batches"])
+        contents = {file: text.encode("ascii") for file, text in data["contents"].items()}
+        self.api.contents.update(contents)
+
+    def check_brought(self, run: Run) -> None:
+        """Assert that the four pictures are there."""
+        self.assertEqual(len(run.saved), 4, run)
+        found = self.pictures()
+        self.assertEqual(found["0001.png"], picture_of("job 1"))
+        self.assertEqual(found["two.png"], picture_of("job 2"))
+        self.assertEqual(found["0003-2.png"], picture_of("job 3", 2))
+        self.assertEqual(set(self.states().values()), {"saved"})
+        self.assertEqual(list(self.kept.glob("*")), [])
+        self.assertEqual(self.jobs(), [])
+
+    def test_one_that_runs_is_followed_and_fetched(self) -> None:
+        self.unpack("deferred-created")
+        self.assertIn("batch_0: validating 0/3", self.batch().err)
+        self.api.end()
+        self.check_brought(self.batch())
+        self.assertEqual(self.endpoints(), {"generations": 1})
+
+    def test_a_create_that_was_cut_is_found(self) -> None:
+        self.unpack("deferred-creating")
+        self.assertIn("batch_0: validating 0/3", self.batch().err)
+        self.assertEqual(self.api.asked(CREATE), [])
+        self.api.end()
+        self.check_brought(self.batch())
+
+    def test_one_that_was_never_made_is_made_once(self) -> None:
+        self.unpack("deferred-uploading")
+        self.assertIn("batch_0: validating 0/3", self.batch().err)
+        self.assertEqual(len(self.api.asked(CREATE)), 1)
+        self.api.end()
+        self.check_brought(self.batch())
+
+    def test_its_server_must_be_the_same(self) -> None:
+        self.unpack("deferred-created")
+        other = BatchApi()
+        self.servers.append(other)
+        self.addCleanup(other.close)
+        self.env.update(GPT_IMAGE2_BASE_URL=other.base_url)
+        self.assertIn("pending at", self.batch(code=2).err)
+        self.assertEqual(other.posts, [])
+
+    def test_it_can_be_cancelled(self) -> None:
+        self.unpack("deferred-created")
+        self.assertIn("cancelling", self.batch("--cancel").err)
+        self.assertEqual(self.endpoints(), {"generations": 1})
