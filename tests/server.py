@@ -3,7 +3,7 @@
     api = Api(answer(png(8, 8)), refusal(400, "invalid_value", "No such size."))
     api.posts[0].json["prompt"]
 
-It knows HTTP and the shapes of the images API, and nothing of the tool. Nothing waits without a bound.
+It knows HTTP and the images API, and nothing of the tool. Nothing waits without a bound.
 """
 
 from __future__ import annotations

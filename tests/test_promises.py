@@ -15,7 +15,18 @@ from tests.case import ROOT, SCRIPT, Case
 
 TEXT = SCRIPT.read_text(encoding="utf-8")
 TREE = ast.parse(TEXT, feature_version=(3, 8))
-LIGHT_IMPORTS = {"_thread", "__future__", "binascii", "json", "os", "re", "stat", "sys", "time", "typing"}
+LIGHT_IMPORTS = {
+    "_thread",
+    "__future__",
+    "binascii",
+    "json",
+    "os",
+    "re",
+    "stat",
+    "sys",
+    "time",
+    "typing",
+}
 WINDOWS_ONLY = {"msvcrt", "winreg"}
 
 

@@ -1,4 +1,4 @@
-"""The scripted server itself: it misbehaves as told, and a test that strays from its script fails."""
+"""The scripted server: it misbehaves as told, and a test that strays from its script fails."""
 
 from __future__ import annotations
 
