@@ -6,6 +6,7 @@ stands in the fault table, tests/faults.py; here is what that can't show.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -497,6 +498,18 @@ class TestChoosing(JobCase):
 
 class TestSalvage(JobCase):
     """Whole pictures out of what is no whole answer."""
+
+    def test_whatever_the_json_looks_like(self) -> None:
+        whole = {"usage": {}, "data": [{"b64_json": b64(FIRST)}, {"b64_json": b64(SECOND)}]}
+        links = [{"url": "data:image/png;base64," + b64(picture)} for picture in (FIRST, SECOND)]
+        for name, text in {
+            "pretty": "\n\n\n" + json.dumps(whole, indent=4),
+            "slashes escaped": json.dumps(whole).replace("/", r"\/"),
+            "data: URLs": json.dumps({"data": links}),
+        }.items():
+            with self.subTest(name):
+                job = self.kept(Reply(200, text.encode(), cut=len(text) - 1000))
+                self.assertEqual(self.pictures(self.recover(job.name, code=9)), ["first"])
 
     def test_a_stream_whose_script_was_killed(self) -> None:
         """Its picture is brought once, and its previews are none."""
