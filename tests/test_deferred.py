@@ -337,6 +337,17 @@ class Kills(DeferredCase):
         self.assertGreater(len(waits), 1)
         self.assertEqual(list(self.pictures().values()), [picture] * 3)
 
+    def test_another_batch_leaves_the_late_curl_of_a_create_alone(self) -> None:
+        self.numbered(1)
+        held = self.kill_at(CREATE)
+        self.write("job 7")
+        for _ in ("begins", "looks after what is left of killed runs"):
+            self.batch("--output-dir", "other")
+        self.numbered(1)
+        with pauses(bool, held.release.set):
+            self.batch()
+        self.assertEqual(sorted(map(self.api.prompts, self.api.own())), [["job 1"], ["job 7"]])
+
     def test_signals_in_a_create(self) -> None:
         self.numbered(2)
         for signals in (1, 2):
@@ -453,6 +464,9 @@ class Uncertain(DeferredCase):
                 self.assertIn(run.code, (1, 7) if what == UPLOAD else (6,))
                 self.assertNotIn("may have been billed", run.err)
                 self.check_batches()
+                if 400 <= reply.status < 500:
+                    self.check_states("failed", "failed")
+                    self.check_nothing_left()
                 self.batch()
                 self.check_batches(generations=1)
                 self.assertEqual(self.api.prompts(), ["job 1", "job 2"])
@@ -842,6 +856,8 @@ class Limits(DeferredCase):
     def test_a_journal_from_elsewhere_removes_nothing(self) -> None:
         """The key of a batch names a folder; a journal that came with an output folder may lie."""
         victim = self.tmp / "victim"
+        keys = dict.fromkeys((str(victim), "../../../victim", "", "."), "batch_1")
+        keys["0123456789abcdef"] = "../models"
         for step in ("uploading", "created"):
             with self.subTest(step):
                 self.fresh()
@@ -851,11 +867,12 @@ class Limits(DeferredCase):
                     (folder / "precious").write_text("mine")
                 self.api.batches["batch_1"] = {"id": "batch_1", "status": "expired"}
                 with (self.folder / "results.jsonl").open("a") as file:
-                    for key in (str(victim), "../../../victim", "", "."):
+                    for key, name in keys.items():
                         job = {"identity": f"{key}-1", "id": key, "state": "deferred"}
-                        batch = {"state": "batch", "key": key, "step": step, "batch_id": "batch_1"}
+                        batch = {"state": "batch", "key": key, "step": step, "batch_id": name}
                         for row in ({**job, "job_id": key}, batch):
                             file.write(json.dumps({"schema": 1, **row}) + "\n")
                 self.batch(code=None)
                 for folder in (victim, self.kept, self.folder):
                     self.assertTrue((folder / "precious").exists())
+        self.assertEqual(self.api.asked("GET /v1/models"), [])
