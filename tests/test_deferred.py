@@ -8,7 +8,6 @@ import contextlib
 import gzip
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -57,12 +56,6 @@ def answers(**ends: Any) -> Callable[[Any], Any]:
         return known[prompt] if prompt in known else made(line)
 
     return result
-
-
-def large(picture: bytes, size: int) -> bytes:
-    """Return a picture with so many bytes more."""
-    noise = random.Random(1).getrandbits(8 * size).to_bytes(size, "big")
-    return picture[:-12] + png_chunk(b"noIs", noise) + picture[-12:]
 
 
 @contextlib.contextmanager
@@ -320,7 +313,8 @@ class Kills(DeferredCase):
 
     def test_while_results_come(self) -> None:
         """The next run waits for the curl of a killed one: two in one file would spoil it."""
-        picture, held = large(PICTURE, 150_000), Hold()
+        picture = PICTURE[:-12] + png_chunk(b"noIs", os.urandom(150_000)) + PICTURE[-12:]
+        held = Hold()
         self.submitted(3)
         self.api.result = lambda line: served({"b64_json": b64(picture)})
         self.api.end()
@@ -395,27 +389,22 @@ class Kills(DeferredCase):
                 self.check_end()
 
     def test_while_a_link_is_fetched(self) -> None:
-        for number in (signal.SIGKILL, signal.SIGINT):
-            with self.subTest(number.name):
-                self.fresh()
-                held = Hold()
-                self.addCleanup(held.release.set)
-                chunks = (held.reached.set, held.release, PICTURE)
-                link = self.api.put("/pictures/1.png", Reply(chunks=chunks))
-                self.api.result = answers(job_2=served({"url": link}), job_3=served({"url": link}))
-                self.submitted(4)
-                self.api.end()
-                tool = self.start_tool(*self.words())
-                self.assertTrue(held.reached.wait(HANG), self.api)
-                tool.send_signal(number)
-                if number == signal.SIGINT:
-                    held.release.set()  # what comes now may be saved
-                self.finish(tool)
-                self.api.put("/pictures/1.png", PICTURE)
-                with pauses(bool, held.release.set):  # its curl may be under way still
-                    self.batch()
-                expected = {f"000{number}.png": PICTURE for number in (1, 2, 3)}
-                self.assertEqual(self.pictures(), {**expected, "0004.png": picture_of("job 4")})
+        held = Hold()
+        self.addCleanup(held.release.set)
+        chunks = (held.reached.set, held.release, PICTURE)
+        link = self.api.put("/pictures/1.png", Reply(chunks=chunks))
+        self.api.result = answers(job_2=served({"url": link}), job_3=served({"url": link}))
+        self.submitted(4)
+        self.api.end()
+        tool = self.start_tool(*self.words())
+        self.assertTrue(held.reached.wait(HANG), self.api)
+        tool.kill()
+        self.finish(tool)
+        self.api.put("/pictures/1.png", PICTURE)
+        with pauses(bool, held.release.set):  # its curl is under way still
+            self.batch()
+        expected = {f"000{number}.png": PICTURE for number in (1, 2, 3)}
+        self.assertEqual(self.pictures(), {**expected, "0004.png": picture_of("job 4")})
 
 
 class Uncertain(DeferredCase):
