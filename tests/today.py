@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import signal
 import sys
 import unittest
@@ -153,5 +152,4 @@ class Make(Stage):
 
 if __name__ == "__main__":
     Make.script = Path(sys.argv.pop()).resolve()
-    shutil.rmtree(DATA, ignore_errors=True)
     unittest.main()
