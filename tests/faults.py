@@ -21,7 +21,6 @@ import ssl
 import sys
 import threading
 import unittest
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence, Union
 from unittest import mock
@@ -40,7 +39,6 @@ from tests.server import (
     b64,
     completed_event,
     event_stream,
-    in_pieces,
     json_reply,
     page,
     partial_event,
@@ -56,7 +54,7 @@ PICTURES = {FIRST, SECOND, THIRD, LARGE}
 FOX = ("generate", "a fox")
 FOXES = (*FOX, "--n", "3")
 INT, TERM = signal.SIGINT, signal.SIGTERM
-HUP, KILL, STOP = (getattr(signal, f"SIG{name}", TERM) for name in ("HUP", "KILL", "STOP"))
+HUP, KILL = (getattr(signal, f"SIG{name}", TERM) for name in ("HUP", "KILL"))
 BRIEF = ("--timeout", "1")
 ONCE = ("--retries", "0")
 
@@ -170,13 +168,13 @@ def stalled(reply: Reply, sent: int) -> Play:
     return answers(held, argv=(*FOXES, *BRIEF))
 
 
-def link(*replies: Script, later: bytes = b"", more: Sequence[Argument] = ()) -> Play:
-    """Play an answer that is a link, which gives these replies, and `later` to recover."""
+def link(*replies: Script, more: Sequence[Argument] = ()) -> Play:
+    """Play an answer that is a link, which gives these replies and is gone when recover comes."""
 
     def play(stage: Stage) -> Run:
         api = stage.serve_base()
         api.files["/a.png"] = list(replies)
-        stage.repair = lambda: api.put("/a.png", later or Reply(404))
+        stage.repair = lambda: api.put("/a.png", Reply(404))
         api.script.append(answer(api.origin + "/a.png"))
         return stage.run_tool(*FOX, "--json", *more)
 
@@ -265,16 +263,6 @@ def tls_port(stage: Stage) -> str:
     return f"https://localhost:{listener.getsockname()[1]}"
 
 
-def http_to_tls(stage: Stage) -> str:
-    return tls_port(stage).replace("https:", "http:")
-
-
-def refusing_proxy(stage: Stage) -> str:
-    api = stage.serve()
-    api.files["relay.example:443"] = Reply(502)
-    return api.origin
-
-
 def late_server(stage: Stage) -> Run:
     """Nothing listens at the first try; the second one is answered."""
     api = stage.serve_base(answer(FIRST))
@@ -298,25 +286,16 @@ def no_curl(stage: Stage) -> Run:
     return answers()(stage)
 
 
-def meanwhile(act: Callable[[Stage], object], output: str = "out/fox.png") -> Play:
+def meanwhile(act: Callable[[Stage], object]) -> Play:
     """Play a call during whose answer something else happens."""
 
     def play(stage: Stage) -> Run:
         reply = answer(FIRST)
         stage.serve_base(in_two(reply, len(reply.body) // 2, lambda: act(stage)))
-        (stage.work / output).parent.mkdir(exist_ok=True)
-        return stage.run_tool(*FOX, "-o", output)
+        (stage.work / "out").mkdir()
+        return stage.run_tool(*FOX, "-o", "out/fox.png")
 
     return play
-
-
-def target_exists(stage: Stage) -> Run:
-    claim_the_name(stage)
-    return answers(argv=(*FOX, "-o", "fox.png"))(stage)
-
-
-def claim_the_name(stage: Stage) -> None:
-    (stage.work / "fox.png").write_bytes(b"mine")
 
 
 def remove_the_folder(stage: Stage) -> None:
@@ -334,20 +313,6 @@ def folder_read_only(stage: Stage) -> Run:
     stage.heed_permissions()
     (stage.work / "out").mkdir(0o500)
     return answers(argv=(*FOX, "-o", "out/fox.png"))(stage)
-
-
-def folder_made_read_only(stage: Stage) -> Run:
-    stage.heed_permissions()
-    folder = stage.work / "out"
-    stage.repair = lambda: folder.chmod(0o700)
-    return meanwhile(lambda _: folder.chmod(0o500))(stage)
-
-
-def full_disk(stage: Stage) -> Run:
-    """The picture doesn't fit; recover finds a larger disk."""
-    disk = stage.small_disk("disk")
-    stage.repair = lambda: stage.system("mount", "-o", "remount,size=8m", str(disk))
-    return answers(answer(LARGE), argv=(*FOX, "-o", disk / "fox.png"))(stage)
 
 
 def state_disk(reply: Reply, *, full: bool = False) -> Play:
@@ -376,19 +341,11 @@ def state_disk_fills_up(stage: Stage) -> Run:
     return answers(THREE._replace(chunks=chunks), argv=FOXES)(stage)
 
 
-def no_state(*, nor_its_stand_in: bool = False) -> Play:
-    """Play a call whose state folder can't be made, nor the one in its place."""
-
-    def play(stage: Stage) -> Run:
-        (stage.tmp / "file").write_bytes(b"")
-        use_state(stage, stage.tmp / "file" / "state")
-        if not nor_its_stand_in:
-            return answers(answer(FIRST))(stage)
-        place = stage.tmp / "tmp"
-        (place / f"gpt-image-2-{place.stat().st_uid}").write_bytes(b"")
-        return answers()(stage)
-
-    return play
+def no_state(stage: Stage) -> Run:
+    """Play a call whose state folder can't be made."""
+    (stage.tmp / "file").write_bytes(b"")
+    use_state(stage, stage.tmp / "file" / "state")
+    return answers(answer(FIRST))(stage)
 
 
 def use_state(stage: Stage, folder: Path) -> None:
@@ -414,7 +371,10 @@ def before_a_byte(act: int | Act) -> Play:
     """Play a signal, or what else happens, while the server has the request and is silent."""
 
     def play(stage: Stage) -> Run:
-        tool, release = held(stage)
+        release = threading.Event()
+        api = stage.serve_base(answer(FIRST)._replace(before=release))
+        tool = stage.start_tool(*FOX)
+        api.wait_for_request()
         hit(act, stage, tool)
         run = stage.finish(tool)
         release.set()
@@ -447,15 +407,6 @@ def hit(act: int | Act, stage: Stage, tool: Child[bytes]) -> None:
         tool.send_signal(act)
 
 
-def held(stage: Stage) -> tuple[Child[bytes], threading.Event]:
-    """Return a call that waits for its answer, and the Event that lets it come."""
-    release = threading.Event()
-    api = stage.serve_base(answer(FIRST)._replace(before=release))
-    tool = stage.start_tool(*FOX)
-    api.wait_for_request()
-    return tool, release
-
-
 def kill_curl(stage: Stage, _: object) -> None:
     os.kill(stage.the_curl(), KILL)
 
@@ -477,10 +428,10 @@ subprocess.Popen.terminate = terminate
 """
 
 
-def second_signal(stage: Stage, *, third: bool = False) -> Run:
+def interrupted_again(stage: Stage) -> Run:
     """Interrupt a call twice, where the 10 s that its answer gets would take minutes.
 
-    A `third` signal comes just when the tool is about to stop its curl.
+    A third signal comes just when the tool is about to stop its curl.
     """
 
     def interrupt_twice(_: Stage, tool: Child[bytes]) -> None:
@@ -490,7 +441,7 @@ def second_signal(stage: Stage, *, third: bool = False) -> Run:
 
     stage.hurry(0.05)
     with open(stage.tmp / "hurry" / "sitecustomize.py", "a", encoding="utf-8") as file:
-        file.write(THIRD_SIGNAL if third else "")
+        file.write(THIRD_SIGNAL)
     return mid_answer(interrupt_twice)(stage)
 
 
@@ -512,27 +463,6 @@ def while_downloading(stage: Stage) -> Run:
     return stage.finish(tool)
 
 
-def killed_after_the_answer(stage: Stage) -> Run:
-    tool, release = held(stage)
-    curl = stage.the_curl()
-    tool.send_signal(STOP)
-    release.set()
-    stage.wait_until(lambda: curl not in stage.processes())
-    tool.kill()
-    return stage.finish(tool)
-
-
-def killed_and_run_again(stage: Stage) -> Run:
-    """The agent's harness kills the call at its own limit, and the agent runs it again."""
-    tool, release = held(stage)
-    tool.kill()
-    stage.finish(tool)
-    again = stage.start_tool(*FOX)
-    stage.hear(again, "resumed")
-    release.set()
-    return stage.finish(again)
-
-
 # ---- The table --------------------------------------------------------------------------------
 
 NOTHING = (10, 0)  # what recover says of a kept job without a picture
@@ -543,12 +473,10 @@ RETRIED = Outcome(0, 2, 1)
 UNKNOWN = Outcome(8, recover=NOTHING)
 UNKNOWN_RETRIED = Outcome(8, 2, recover=NOTHING)
 NO_PICTURE = Outcome(10, recover=NOTHING)
-NO_POST = UNKNOWN._replace(posts=0)
 ONE_LOST = Outcome(9, saved=2, recover=(9, 2))
 ONE_KEPT = Outcome(8, recover=(9, 1))
 TWO_KEPT = Outcome(8, recover=(9, 2))
 KEPT = Outcome(9, saved=1, recover=(0, 1))  # saved beside the answer, which stays
-LATER = Outcome(10, recover=(0, 1))
 
 NOW, HOUR = ("Retry-After", "0"), ("Retry-After", "3600")
 BLOCKED_TOLD = ("No way", "moderation_blocked")
@@ -558,16 +486,12 @@ HEADS = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: <a>\r\n
 THREE = answer(FIRST, SECOND, THIRD)
 ONE_BAD = THREE.body.replace(b64(SECOND).encode(), b"!!!!" * 999)
 UPSTREAM = json_reply({"error": {"message": "Timed out", "type": "upstream_error", "code": None}})
-BUSY = b"\n\n \n"  # a relay's blank lines, which keep the line open
-BUSY_THEN_ERROR = in_pieces(Reply(200, BUSY + UPSTREAM.body), 1)
-BUSY_THEN_BLOCKED = Reply(200, BUSY + json_reply({"error": BLOCKED}).body)
-MISNAMED = Reply(200, b"\xef\xbb\xbf" + answer(FIRST).body, [("Content-Type", "text/html")])
+BUSY_THEN_BLOCKED = Reply(200, b"\n\n \n" + json_reply({"error": BLOCKED}).body)
 EARLY_HINTS = Reply(raw=HEADS + b"HTTP/1.1 200 OK\r\n\r\n" + answer(FIRST).body)
 NO_LAST_CHUNK = answer(FIRST)._replace(framing="chunked", cut=len(answer(FIRST).body))
 SHORT = THREE._replace(content_length=middle_of(THREE, SECOND))
 NAMED_ERROR = event_stream(f"event: error\ndata: {json.dumps(BLOCKED)}\n\n".encode())
 BLOCKED_LATER = event_stream(EARLY, {"type": "error", "error": BLOCKED})
-FAILED_LATER = event_stream(EARLY, json.loads(UPSTREAM.body))
 ONE_AND_EARLY = event_stream(completed_event(FIRST), EARLY)
 CUT_STREAM = ONE_AND_EARLY._replace(framing="length", content_length=99_999)
 CUT_END = answer(FIRST)._replace(cut=len(answer(FIRST, usage={}).body) - 2)  # ... "b64"}
@@ -576,11 +500,12 @@ CUT = cut_in(THREE, THIRD)
 QUOTA = refusal(429, None, "Add credit.", type="insufficient_quota", headers=[NOW])
 AGAIN = ("X-Should-Retry", "true")
 VIOLATION = "safety_violations=[violence]"
+UNSAFE = refusal(400, "invalid_value", VIOLATION)
 UNVERIFIED = "Your organization must be verified."
 UNSENT = "nothing was sent"
 IMPATIENT = ("--connect-timeout", "1")
-RELAY = "https://relay.example/v1"
 ELSEWHERE = "https://elsewhere.example/v1"
+MOVED = Reply(headers=[("Location", ELSEWHERE)])
 STREAM_HINT = "--stream --partial-images 1"
 
 
@@ -601,21 +526,16 @@ def row(
 
 def coded(status: int, outcome: Outcome, *codes: str) -> list[Fault]:
     """Return the rows of errors as the API words them, all of one status."""
-    faults = []
-    for code in codes:
-        reply = refusal(status, code, f"Sorry: {code}, no.", headers=[NOW])
-        faults.append(row(f"HTTP {status} {code}", outcome, reply, f"Sorry: {code}, no", code))
-    return faults
+    replies = {code: refusal(status, code, f"Sorry: {code}, no.", headers=[NOW]) for code in codes}
+    return [
+        row(f"HTTP {status} {code}", outcome, reply, f"Sorry: {code}, no", code)
+        for code, reply in replies.items()
+    ]
 
 
 def plain(status: int, message: str = "No such thing.", **fields: Any) -> Reply:
     """Return an error without a code."""
     return refusal(status, None, message, **fields)
-
-
-def moved(status: int, target: str) -> Reply:
-    """Return a redirect."""
-    return Reply(status, headers=[("Location", target)])
 
 
 def limit(*headers: tuple[str, str]) -> Reply:
@@ -625,39 +545,29 @@ def limit(*headers: tuple[str, str]) -> Reply:
 
 REFUSALS = [
     *coded(400, POLICY, "moderation_blocked", "content_policy_violation"),
-    row("HTTP 400 with safety_violations in its message", POLICY, plain(400, VIOLATION), VIOLATION),
-    row("HTTP 400, the same as invalid_value", POLICY, refusal(400, "invalid_value", VIOLATION)),
-    *coded(400, REFUSED, "invalid_value", "unknown_parameter", "duplicate_parameter"),
-    *coded(400, REFUSED, "invalid_image_file", "invalid_input_fidelity_model"),
+    row("HTTP 400 with safety_violations", POLICY, UNSAFE, VIOLATION),
+    *coded(400, REFUSED, "invalid_value", "unknown_parameter", "invalid_image_file"),
     *coded(400, LIMIT, "billing_hard_limit_reached"),
-    row("HTTP 400, HTML body", REFUSED, page(400, "Bad Request"), "HTTP 400"),
-    row("HTTP 400, empty body", REFUSED, Reply(400), "HTTP 400"),
     *coded(401, AUTH, "invalid_api_key"),
     row("HTTP 401 that echoes the key", AUTH, plain(401, f"Wrong key: {KEY}."), "Wrong key: "),
     row("HTTP 401, empty body", AUTH, Reply(401), "config --check"),
     row("HTTP 402", LIMIT, plain(402, "Pay first"), "Pay first"),
     row("HTTP 403, organisation not verified", AUTH, plain(403, UNVERIFIED), "15 minutes"),
-    row("HTTP 403, HTML body", AUTH, page(403, "Forbidden"), "HTTP 403"),
-    *coded(404, REFUSED, "model_not_found"),
+    row("HTTP 403, HTML body", REFUSED, page(403, "Forbidden"), "HTTP 403"),
     row("HTTP 404, HTML body", REFUSED, page(404, "Not Found"), "base_url"),
-    row("HTTP 405, empty body", REFUSED, Reply(405), "base_url"),
     row("HTTP 413 before the request is read", REFUSED, Reply(413, early=True), "too large"),
-    *coded(422, REFUSED, "never_heard_of_it"),
     *(
-        row(f"HTTP {status} to another place", REFUSED, moved(status, ELSEWHERE), ELSEWHERE)
+        row(f"HTTP {status} to another place", REFUSED, MOVED._replace(status=status), ELSEWHERE)
         for status in (301, 302, 303, 307, 308)
     ),
-    row("HTTP 302 to nowhere", REFUSED, Reply(302), "base URL"),
 ]
 
 SECOND_TRIES = {
     "HTTP 429, Retry-After: 0": limit(NOW),
     "HTTP 429, retry-after-ms: 20": limit(("retry-after-ms", "20"), HOUR),
     "HTTP 429, no Retry-After": limit(),
-    "HTTP 429, HTML body": page(429, "Too Many Requests", [NOW]),
     "HTTP 503, Retry-After: 0": page(503, "Unavailable", [NOW]),
     "HTTP 503 slow_down": refusal(503, "slow_down", "Busy."),
-    "HTTP 503 server_is_overloaded": refusal(503, "server_is_overloaded", "Busy."),
 }
 
 LIMITS = [
@@ -666,22 +576,17 @@ LIMITS = [
         for name, reply in SECOND_TRIES.items()
     ),
     row("HTTP 429 three times, Retry-After: 0", Outcome(6, 3), [limit(NOW)] * 3, "Slow"),
-    row("HTTP 503 three times, Retry-After: 0", Outcome(6, 3), [page(503, "Busy", [NOW])] * 3),
     row("HTTP 429, and no retries", LIMIT, answers(limit(NOW), argv=(*FOX, *ONCE)), "Slow"),
     row("HTTP 429, Retry-After: 3600", LIMIT, limit(HOUR), "3600 s"),
-    row("HTTP 503, Retry-After: 3600", LIMIT, page(503, "Unavailable", [HOUR]), "3600 s"),
     *coded(429, LIMIT, "insufficient_quota", "credit_balance_exhausted"),
-    *coded(429, LIMIT, "organization_spend_limit_exceeded", "project_spend_limit_exceeded"),
-    *coded(429, LIMIT, "organization_usage_limit_exceeded"),
+    *coded(429, LIMIT, "organization_spend_limit_exceeded", "organization_usage_limit_exceeded"),
     row("HTTP 429, quota told by type alone", LIMIT, QUOTA, "Add credit", "insufficient_quota"),
 ]
 
 SERVER_ERRORS = [
-    *coded(500, UNKNOWN, "server_error", "bad_response_status_code", "do_request_failed"),
-    *coded(500, UNKNOWN, "upstream_error"),
+    *coded(500, UNKNOWN, "server_error", "do_request_failed"),
     row("HTTP 500 that echoes the key", UNKNOWN, plain(500, f"Bad key {KEY}."), "Bad key "),
     row("HTTP 500, HTML body", UNKNOWN, page(500, "Internal Server Error"), "billed"),
-    row("HTTP 500, empty body", UNKNOWN, Reply(500), "billed"),
     row("HTTP 500, X-Should-Retry: true", UNKNOWN, plain(500, headers=[AGAIN, NOW]), "billed"),
     *(
         row(f"HTTP {status}, HTML body", UNKNOWN, page(status, "Gateway"), STREAM_HINT)
@@ -695,42 +600,24 @@ SERVER_ERRORS = [
     row("HTTP 429, then 200 without a body", UNKNOWN_RETRIED, [limit(NOW), Reply(200)]),
 ]
 
-ODD_DOCUMENTS: dict[str, Any] = {
-    "{}": {},
-    "a bare null": None,
-    "data is []": {"data": []},
-    "data holds a null": {"data": [None]},
-    "data is a word": {"data": "pending"},
-    "empty strings": {"data": [{"b64_json": "", "url": ""}]},
-    "a task's id": {"data": {"task_id": "t1"}},
-}
-
 BODIES = [
     row("200, empty body", UNKNOWN, Reply(200), "billed"),
     row("204", UNKNOWN, Reply(204, framing="none"), "billed"),
     row("200, HTML body", UNKNOWN, page(200, "Log in"), "Log in"),
-    row("200, plain text", UNKNOWN, Reply(200, b"ok"), "ok"),
-    *(
-        row(f"200, no picture: {name}", UNKNOWN, json_reply(document), "billed")
-        for name, document in ODD_DOCUMENTS.items()
-    ),
-    row("200, 100,000 brackets deep", UNKNOWN, Reply(200, b"[" * 100_000), "billed"),
+    row("200, no picture: {}", UNKNOWN, json_reply({}), "billed"),
+    row("200, no picture: a bare null", UNKNOWN, json_reply(None), "billed"),
+    row("200, no picture: data is []", UNKNOWN, json_reply({"data": []}), "billed"),
+    row("200, no picture: data holds a null", UNKNOWN, json_reply({"data": [None]}), "billed"),
     row("200 with an upstream error in it", UNKNOWN, UPSTREAM, "Timed out"),
-    row("200, blank lines, then an error", UNKNOWN, BUSY_THEN_ERROR, "Timed out"),
     row("200, blank lines, then a policy refusal", POLICY, BUSY_THEN_BLOCKED, *BLOCKED_TOLD),
-    *coded(200, LIMIT, "insufficient_quota"),
     *coded(200, AUTH, "invalid_api_key"),
     *coded(200, REFUSED, "unknown_parameter"),
-    row("200, BOM and a wrong Content-Type", SAVED, MISNAMED),
     row("100 and 103 before the 200", SAVED, EARLY_HINTS),
     row("HTTP 500 with the picture in its body", SAVED, answer(FIRST)._replace(status=500)),
     row("base64 broken", NO_PICTURE, json_reply({"data": [{"b64_json": "!" + b64(FIRST)[1:]}]})),
     row("base64 of one of three broken", ONE_LOST, Reply(200, ONE_BAD), "picture 2", n=3),
     row("half a PNG in whole base64", NO_PICTURE, answer(FIRST[:2000])),
-    row("an HTML page as base64", NO_PICTURE, answer(page(200, "Log in").body * 50)),
     row("two pictures of three", Outcome(9, 1, 2), answer(FIRST, SECOND), n=3),
-    row("a stream without its completed event", UNKNOWN, event_stream(EARLY)),
-    row("a stream that ends in an error", UNKNOWN, FAILED_LATER, "Timed out"),
     row("a stream that ends in a policy refusal", POLICY, BLOCKED_LATER, *BLOCKED_TOLD),
     row("a stream whose event is named error", POLICY, NAMED_ERROR, *BLOCKED_TOLD),
     row("a stream cut after one of three pictures", Outcome(9, saved=1), CUT_STREAM, n=3),
@@ -744,20 +631,15 @@ CONNECTIONS = [
     row("no answer to the TLS handshake", SENT_NOTHING, nowhere(silent_port, *IMPATIENT), UNSENT),
     row("https to a plain port", SENT_NOTHING, nowhere(https_to_plain), UNSENT),
     row("certificate that nobody vouches for", SENT_NOTHING, nowhere(tls_port), UNSENT),
-    row("plain http to a TLS port", NO_POST, nowhere(http_to_tls)),
-    row("proxy down", SENT_NOTHING, nowhere(RELAY, proxy=closed_port), UNSENT),
-    row("proxy refuses to connect", NO_POST, nowhere(RELAY, proxy=refusing_proxy)),
+    row("proxy down", SENT_NOTHING, nowhere("https://relay.example/v1", proxy=closed_port), UNSENT),
     row("closed without a byte", UNKNOWN, Reply(silent=True), "billed"),
     row("reset without a byte", UNKNOWN, Reply(reset=True), "billed"),
     row("garbage instead of HTTP", UNKNOWN, Reply(raw=b"SSH-2.0-Server_9.2\r\n"), "billed"),
-    row("400 KB of headers", UNKNOWN, Reply(raw=HEADS + b"X-Long: " + b"x" * 400_000), "billed"),
     row("headers cut", UNKNOWN, Reply(raw=b"HTTP/1.1 200 OK\r\nContent-Ty"), "billed"),
     row("a picture as the body, cut", UNKNOWN, Reply(200, FIRST, cut=2000), "billed"),
     row("cut with 0 of 3 pictures whole", UNKNOWN, cut_in(THREE, FIRST), n=3),
-    row("cut with 1 of 3 pictures whole", ONE_KEPT, cut_in(THREE, SECOND), n=3),
     row("cut with 2 of 3 pictures whole", TWO_KEPT, CUT, n=3),
     row("cut with 2 of 3 pictures whole, by a reset", TWO_KEPT, CUT._replace(reset=True), n=3),
-    row("cut with 2 of 3 pictures whole, by its end", TWO_KEPT, CUT._replace(framing="close"), n=3),
     row("cut with 2 of 3 pictures whole, chunked", TWO_KEPT, CUT._replace(framing="chunked"), n=3),
     row("cut after the only picture", Outcome(8, recover=(0, 1)), CUT_END),
     row("Content-Length too large", SAVED, answer(FIRST)._replace(content_length=99_999)),
@@ -766,36 +648,25 @@ CONNECTIONS = [
     row("time-out before the headers", UNKNOWN, answers(SILENCE, argv=(*FOX, *BRIEF)), "--timeout"),
     row("time-out after blank lines", UNKNOWN, stalled(Reply(200, b"\n\n{}"), 2), "--timeout"),
     row("time-out with 2 of 3 pictures whole", TWO_KEPT, stalled(THREE, middle_of(THREE, THIRD))),
-    row("an answer byte by byte", SAVED, in_pieces(answer(FIRST), 64)),
 ]
 
 LINKS = [
-    row("link: 404, later there", LATER, link(Reply(404), later=FIRST), "HTTP 404"),
     row("link: 403, expired", NO_PICTURE, link(*[page(403, "Expired")] * 2), "HTTP 403"),
     row("link: one of three is 404, later there", Outcome(9, 1, 2, (0, 3)), three_links),
     row("link: 429, then the file", SAVED, link(Reply(429), ranged(FIRST))),
-    row("link: 500, then the file", SAVED, link(Reply(500), ranged(FIRST))),
     row("link: no byte, then the file", SAVED, link(Reply(silent=True), ranged(FIRST))),
-    row("link: cut, then resumed", SAVED, link(ranged(FIRST, cut=999), ranged(FIRST))),
     row("link: time-out, then the file", SAVED, link(HELD, ranged(FIRST), more=BRIEF)),
-    row("link: an HTML page", NO_PICTURE, link(page(200, "Log in"))),
-    row("link: redirects in a circle", NO_PICTURE, link(*[moved(302, "/a.png")] * 4)),
 ]
 
 SYSTEM = [
     row("curl is not installed", Outcome(3, 0), no_curl, "curl"),
-    row("the output file exists", Outcome(2, 0), target_exists, "--force"),
-    row("the output file appears meanwhile", SAVED, meanwhile(claim_the_name, "fox.png")),
     row("the output folder is removed meanwhile", SAVED, meanwhile(remove_the_folder)),
     row("the output folder becomes a file meanwhile", KEPT, meanwhile(block_the_folder)),
     row("the output folder is read-only", Outcome(2, 0), folder_read_only),
-    row("the output folder becomes read-only meanwhile", KEPT, folder_made_read_only),
-    row("the output disk is full", KEPT, full_disk),
     row("the state disk is full", SAVED, state_disk(answer(FIRST), full=True), "warning"),
     row("the state disk is too small for the answer", SAVED, state_disk(answer(LARGE))),
     row("the state disk fills up with 2 of 3 pictures there", TWO_KEPT, state_disk_fills_up),
-    row("the state folder can't be written", SAVED, no_state(), "warning"),
-    row("no folder for jobs can be written", Outcome(3, 0), no_state(nor_its_stand_in=True)),
+    row("the state folder can't be written", SAVED, no_state, "warning"),
 ]
 
 SIGNALS = [
@@ -807,15 +678,11 @@ SIGNALS = [
         for one in (INT, TERM, HUP)
     ),
     row("SIGTERM with 2 of 3 pictures whole, no more", Outcome(143, recover=(9, 2)), waits_in_vain),
-    row("a second SIGINT", Outcome(130, recover=(9, 2)), second_signal),
-    row("Ctrl-C hammered", Outcome(130, recover=(9, 2)), partial(second_signal, third=True)),
+    row("Ctrl-C hammered", Outcome(130, recover=(9, 2)), interrupted_again),
     row("SIGINT while waiting to retry a 429", Outcome(130), while_waiting_to_retry),
     row("SIGINT during a download", Outcome(130, recover=(0, 1)), while_downloading),
     row("SIGKILL before any byte", Outcome(-9, recover=(0, 1)), before_a_byte(KILL)),
     row("SIGKILL mid-answer", Outcome(-9, recover=(0, 3)), mid_answer(KILL, comes=True)),
-    row("SIGKILL after the answer", Outcome(-9, recover=(0, 1)), killed_after_the_answer),
-    row("SIGKILL, and the same command again", SAVED, killed_and_run_again),
-    row("SIGKILL of curl before any byte", UNKNOWN, before_a_byte(kill_curl)),
     row("SIGKILL of curl with 2 of 3 pictures whole", TWO_KEPT, mid_answer(kill_curl)),
 ]
 

@@ -226,11 +226,6 @@ def hk_answer(*images: bytes | str, **extra: Any) -> Reply:
     return answer(*images, style="data", **extra)
 
 
-def nodekey_answer(*images: bytes | str, **extra: Any) -> Reply:
-    """Return NodeKey's answer: its own names in `usage`, empty strings for what is not used."""
-    return answer(*images, **{"style": "blanks", "usage": NODEKEY_USAGE, **extra})
-
-
 def models(*names: str) -> Reply:
     """Return the answer of GET /v1/models."""
     listed = [{"id": name, "object": "model"} for name in names]
