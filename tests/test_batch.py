@@ -171,13 +171,6 @@ class JobsFiles(BatchCase):
         self.assertEqual(self.painted(), {**expected, **others})
         self.assertEqual(self.painter.labels[elsewhere.read_bytes()], "f")
 
-    def test_a_name_like_another_lines_number(self) -> None:
-        self.write({"prompt": "a"}, {"prompt": "b", "id": "0001"}, {"prompt": "c"})
-        self.batch()
-        names = {label: name for name, label in self.painted().items()}
-        self.assertEqual((names["b"], names["c"]), ("0001.png", "0003.png"))
-        self.assertNotRegex(names["a"], "000[123]")
-
 
 class BadLines(BatchCase):
     """Every bad line is told, in one go, and nothing is sent."""
