@@ -27,10 +27,6 @@ SILENT = Reply(silent=True)
 Order = Union[Reply, Callable[[], object]]
 
 
-def prompt_of(request: Request) -> str:
-    return str(sent_fields(request)["prompt"])
-
-
 def sent_fields(request: Request) -> Any:
     """Return the fields of a POST, JSON or form."""
     plain = request.headers["content-type"] == "application/json"
@@ -56,10 +52,7 @@ class Painter:
         self.lock = threading.Lock()
 
     def order(self, prompt: str, *orders: Order) -> None:
-        """Give a prompt these replies first; a 200 without a body is painted.
-
-        A function is called when the prompt has come, and may return what it is answered.
-        """
+        """Give a prompt these replies first (an empty one is painted); a function may make one."""
         self.orders[prompt] += orders
 
     def hold(self, *prompts: str) -> threading.Event:
@@ -70,7 +63,7 @@ class Painter:
         return release
 
     def __call__(self, request: Request) -> Reply:
-        prompt = prompt_of(request)
+        prompt = str(sent_fields(request)["prompt"])
         with self.lock:
             self.seen.append(prompt)
             again = " again" * (self.seen.count(prompt) - 1)
@@ -88,10 +81,7 @@ class Painter:
 
 @contextlib.contextmanager
 def clock(asleep: Callable[[], object] = lambda: None) -> Iterator[Callable[[], float]]:
-    """Let who sleeps in this process wake at once, and so much later; yield what tells the time.
-
-    `asleep` is called in each thread that sleeps.
-    """
+    """Let who sleeps call asleep() and wake at once, so much later; yield what tells the time."""
     now, pause = 1000.0, time.sleep
 
     def sleep(seconds: float) -> None:
@@ -147,10 +137,8 @@ class BatchCase(SystemCase):
     def beside(self, prompt: str, *lines: str) -> list[Run]:
         """Run the tool with each of these words once a prompt has come; return those runs then."""
         runs: list[Run] = []
-        words = [line.split() for line in lines]
-        self.painter.order(
-            prompt, lambda: runs.extend(self.finish(self.start_tool(*argv)) for argv in words)
-        )
+        tools = (self.start_tool(*line.split()) for line in lines)
+        self.painter.order(prompt, lambda: runs.extend(map(self.finish, tools)))
         return runs
 
     def files(self) -> dict[str, bytes]:
@@ -163,8 +151,8 @@ class BatchCase(SystemCase):
 
     def post_of(self, prompt: str) -> Request:
         """Return the one POST of a prompt."""
-        (request,) = [post for post in self.api.posts if prompt_of(post) == prompt]
-        return request
+        (post,) = [post for post in self.api.posts if sent_fields(post)["prompt"] == prompt]
+        return post
 
     def painted(self, folder: Path | None = None) -> dict[str, str]:
         """Return the label of every picture below a folder, by its relative path."""
@@ -178,8 +166,8 @@ class BatchCase(SystemCase):
 
     def lines(self, folder: Path | None = None) -> list[Any]:
         """Return the lines of a journal."""
-        text = ((folder or self.folder) / "results.jsonl").read_text(encoding="ascii")
-        return [json.loads(line) for line in text.splitlines()]
+        path = (folder or self.folder) / "results.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
 
     def states(self) -> dict[str, str]:
         """Return the journal's last word on each job, by id."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import io
-import json
 import os
 import resource
 import shutil
 import signal
 import threading
-from typing import Any, Iterator
 from unittest import mock
 
 from tests.batches import (
@@ -25,25 +21,10 @@ from tests.batches import (
     BatchCase,
     clock,
     drawn,
-    prompt_of,
 )
 from tests.case import Argument, Child, Run
 from tests.pictures import png
 from tests.server import Reply, answer, refusal
-
-OOPS = refusal(500, "server_error", "Oops.")
-FULL = 1 << 20  # bytes; a file that has so many takes no more in a run with files_up_to(FULL)
-
-
-@contextlib.contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """Let no file grow beyond a size in this process: a write over it is cut short."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class ResumeCase(BatchCase):
@@ -88,16 +69,6 @@ class ResumeCase(BatchCase):
 
 
 class Again(ResumeCase):
-    """After an end of its own."""
-
-    def test_a_finished_batch_pays_nothing(self) -> None:
-        self.write({"prompt": "a"}, {"prompt": "b", "n": 2}, {"prompt": "c", "output": "x.png"})
-        self.batch()
-        before = self.files()
-        run = self.again()
-        self.assertEqual((run.out, self.summary(run)["skipped"]), ("", "3"))
-        self.assertEqual(self.files(), before)
-
     def test_what_is_tried_again_what_is_final_and_what_is_never_resent(self) -> None:
         replies = {
             "fine": Reply(),
@@ -105,7 +76,7 @@ class Again(ResumeCase):
             "bad words": NOT_THIS,
             "key": UNAUTHORIZED,
             "limit": NO_CREDIT,
-            "oops": OOPS,
+            "oops": refusal(500, "server_error", "Oops."),
             "silence": SILENT,
             "half": answer(drawn("x"), b"no picture"),
         }
@@ -161,30 +132,17 @@ class Again(ResumeCase):
         self.assertEqual(self.painted(), {"sub/a.png": "a"})
         self.again()
 
-
-class Lines(ResumeCase):
-    """Lines that come, go and change."""
-
-    def test_an_inserted_line_moves_no_name(self) -> None:
+    def test_an_inserted_line_moves_no_name_and_a_removed_ones_is_not_given_away(self) -> None:
         self.prompts("a", "b", "c")
         self.batch()
         self.prompts("new", "a", "b", "newer", "c")
         self.again(sends=2, saves=2)
-        self.check_pictures(
-            **{"0001": "a", "0002": "b", "0003": "c", "0004": "newer", "0006": "new"}
-        )
+        names = {"0001": "a", "0002": "b", "0003": "c", "0004": "newer", "0006": "new"}
+        self.check_pictures(**names)
         self.again()
-        self.prompts("c", "b", "a")
-        self.again()
-
-    def test_a_removed_lines_name_is_not_given_away(self) -> None:
-        self.prompts("a", "b")
-        self.batch()
-        self.prompts("b", "c")
+        self.prompts("c", "last", "a")
         self.again(sends=1, saves=1)
-        self.check_pictures(**{"0001": "a", "0002": "b", "0003": "c"})
-        self.prompts("b", "c", "a")
-        self.again()
+        self.check_pictures(**names, **{"0005": "last"})
 
     def test_an_edited_line_is_a_new_job(self) -> None:
         self.write({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "id": "fox"})
@@ -202,7 +160,9 @@ class Lines(ResumeCase):
             self.prompts(*["a"] * count)
             self.batch()
             self.assertEqual((len(self.api.posts), len(self.painted())), (count, count))
-        self.again()
+        before = self.files()
+        self.assertEqual(self.summary(self.again())["skipped"], "3")
+        self.assertEqual(self.files(), before)
 
     def differs(self, *argv: str, says: str) -> None:
         """Assert that a changed default is refused: it must not pay for everything again."""
@@ -220,8 +180,7 @@ class Lines(ResumeCase):
         self.refused(*LOW, "--n", "2", "--json")
         self.again(*LOW)
         self.again("--quality", "high", "--redo", "changed", sends=2, saves=2)
-        names = ["0001-2.png", "0001.png", "0002-2.png", "0002.png"]
-        self.assertEqual(sorted(self.painted()), names)
+        self.assertEqual(len(self.painted()), 4)
         self.assertEqual(self.api.posts[-1].json["quality"], "high")
         self.again("--quality", "high")
 
@@ -240,23 +199,19 @@ class Lines(ResumeCase):
 
     def test_what_was_not_billed_may_change(self) -> None:
         """What is saved or may be billed needs --redo changed."""
-        self.write(*({"prompt": prompt, "id": prompt} for prompt in "abcd"))
-        self.painter.order("a", UNAUTHORIZED)
-        self.painter.order("b", SILENT)
-        self.painter.order("c", BAD_REQUEST)
+        self.painter.order("a", *[UNAUTHORIZED] * 3)
+        self.painter.order("b", *[BAD_REQUEST] * 3)
+        self.painter.order("c", SILENT)
+        self.prompts("a", "b")
+        self.batch("--output-dir", "other", code=1)
+        self.assertEqual(len(self.batch("--output-dir", "other", *LOW, code=1).saved), 0)
+        self.assertEqual(self.posted(), ["a", "a", "b", "b"])
+        self.prompts("a", "b", "c", "d")
         self.batch(code=9)
         self.differs(*LOW, says=r"2 saved or maybe billed jobs differ \(quality unset -> low\)")
         self.again("--redo", "changed", *LOW, sends=4, saves=4)
         self.again(*LOW)
-        self.prompts("e", "f")
-        self.painter.order("e", UNAUTHORIZED)
-        self.painter.order("f", BAD_REQUEST)
-        self.batch("--output-dir", "other", code=1)
-        self.batch("--output-dir", "other", *LOW)
-        self.assertEqual(sorted(self.painted(self.work / "other")), ["0001.png", "0002.png"])
 
-
-class Redo(ResumeCase):
     def test_all(self) -> None:
         self.prompts("a", "b")
         self.batch()
@@ -270,12 +225,10 @@ class Redo(ResumeCase):
 
     def test_some_by_their_ids(self) -> None:
         words = ("failed", "unknown", "changed")
-        self.write(
-            {"prompt": "a", "id": "fox"}, {"prompt": "b"}, *({"prompt": w, "id": w} for w in words)
-        )
+        self.write({"prompt": "b"}, *({"prompt": word, "id": word} for word in ("fox", *words)))
         self.batch()
-        self.again("--redo", "fox,0002", sends=2, saves=2)
-        self.assertEqual([self.painter.seen.count(p) for p in ("a", "b", *words)], [2, 2, 1, 1, 1])
+        self.again("--redo", "fox,0001", sends=2, saves=2)
+        self.assertEqual(self.posted(), sorted(["b", "b", "fox", "fox", *words]))
         self.assertIn("fo", self.refused("--redo", "fo").err)
         for word in words:  # as an id it would pay again
             self.again("--redo", word)
@@ -352,7 +305,6 @@ class Killed(ResumeCase):
         for _ in range(2):
             self.assertEqual(self.summary(self.again(code=8))["unknown"], "2")
         self.again("--redo", "unknown", sends=2, saves=2)
-        self.check_pictures(**{"0001": "a again", "0002": "b again"})
 
     def test_before_its_curl_begins(self) -> None:
         """What was on record as sent, and was not, is sent: that is no second time."""
@@ -366,20 +318,6 @@ class Killed(ResumeCase):
         self.assertEqual(self.states(), {"0001": "sent"})
         self.again(sends=1, saves=1)
         self.check_done("a")
-
-
-class Recover(ResumeCase):
-    """recover and generate among the jobs of a batch."""
-
-    def test_a_cut_answer(self) -> None:
-        cut = answer(drawn("a"), drawn("b"))
-        self.painter.order("a", cut._replace(cut=len(cut.body) - 3))
-        self.prompts("a", "c")
-        self.batch(code=9)
-        recovered = self.check(self.run_tool("recover", self.jobs()[0].name), 0)
-        self.assertEqual([path.parent for path in recovered.saved], [self.folder] * 2)
-        self.assertEqual(self.states(), {"0001": "saved", "0002": "saved"})
-        self.assertEqual(self.summary(self.again())["skipped"], "2")
 
     def test_a_job_that_a_batch_works_on(self) -> None:
         runs = self.beside("a", "recover --last")
@@ -410,23 +348,18 @@ class Recover(ResumeCase):
 
 
 class Journals(ResumeCase):
-    """A journal that is torn, foreign, full, or gone."""
-
     def test_a_torn_last_line(self) -> None:
         """Torn is the line of a job that was not billed."""
         self.prompts("a", "b")
         self.painter.order("b", UNAUTHORIZED)
         self.batch(*ONE, code=9)
         text = self.journal.read_text()
-        ends = ((text[:-9], 9), (text[:-1], 0), (text + '{"sche', 0), (text + "\0\0", 0))
-        for torn, code in ends:
+        for torn, code in ((text[:-9], 9), (text[:-1], 0), (text + '{"sche', 0)):
             with self.subTest(end=torn[-20:]):
                 self.journal.write_text(torn)
                 (self.folder / "0002.png").unlink(missing_ok=True)
                 self.batch(code=code)
                 self.assertEqual(self.painter.seen.count("a"), 1)
-                last = self.journal.read_text().splitlines()[-1]
-                self.assertEqual(json.loads(last)["schema"], 1)
 
     def test_a_torn_saved_line_loses_no_money(self) -> None:
         """Without the line and without the job folder nobody can tell; so it is not sent again."""
@@ -452,9 +385,7 @@ class Journals(ResumeCase):
         self.assertIn("results.jsonl", self.run_tool("batch", "jobs.jsonl").err)
         self.journal.unlink()
         self.journal.mkdir()
-        run = self.run_tool("batch", "jobs.jsonl")
-        self.assertIn(run.code, (1, 2), self.story(run))
-        self.assertIn("results.jsonl", run.err)
+        self.assertIn("results.jsonl", self.run_tool("batch", "jobs.jsonl").err)
         self.no_request(self.api)
         self.journal.rmdir()
         for begun in ("", '{"identi'):  # another shard writes its first line just now
@@ -462,42 +393,24 @@ class Journals(ResumeCase):
             self.batch("--shard", "2/2")
         self.assertEqual(self.posted(), ["b"])
 
-    def test_a_line_is_one_write(self) -> None:
-        """Many processes append to one history, and shards to the journals of a folder."""
-        writes: list[bytes] = []
-
-        class Appended(io.FileIO):
-            def write(self, data: Any) -> int:
-                writes.append(bytes(data))
-                return super().write(data)
-
-        def opened(file: Any, mode: str = "r", **options: Any) -> Any:
-            if mode == "a+b":
-                return Appended(file, mode, opener=options.get("opener"))
-            return open(file, mode, **options)
-
-        self.prompts("a", "b" * 9999)
-        with mock.patch("gpt_image2.open", opened, create=True):
-            self.batch()
-        history = self.state / "gpt-image-2" / "history.jsonl"
-        lines = history.read_bytes() + self.journal.read_bytes()
-        self.assertEqual(sorted(writes), sorted(lines.splitlines(keepends=True)))
-
     def test_one_that_takes_half_a_line(self) -> None:
         """Nothing more is begun; where an answer had come, the next run finds the picture."""
         self.prompts("a", "b")
         self.batch(*ONE, "--output-dir", "probe")
         sent = (self.work / "probe" / "results.jsonl").read_bytes().index(b"\n") + 1
-        start, end = '{"state": "x", "filler": "', '"}\n'
+        start, end, full = '{"state": "x", "filler": "', '"}\n', 1 << 20
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, before)
         for room, posted in ((sent + 30, ["a"]), (50, [])):
             with self.subTest(room=room):
                 self.painter.seen.clear()
                 self.folder.mkdir()
-                filler = "x" * (FULL - room - len(start + end))
+                filler = "x" * (full - room - len(start + end))
                 self.journal.write_text(start + filler + end)
-                with files_up_to(FULL):
-                    run = self.batch(*ONE, code=1)
-                self.assertEqual(self.journal.stat().st_size, FULL)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (full, before[1]))
+                run = self.batch(*ONE, code=1)
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+                self.assertEqual(self.journal.stat().st_size, full)
                 self.assertIn("results.jsonl", run.err)
                 self.assertEqual(self.posted(), posted)
                 self.again(sends=2 - len(posted), saves=2)
@@ -518,11 +431,9 @@ class Journals(ResumeCase):
 
 
 class Stopped(ResumeCase):
-    """INT and TERM."""
-
     def test_once_lets_those_under_way_finish_and_begins_no_more(self) -> None:
         """It tells how many that are: four, unless told otherwise."""
-        for argv, count in (((), 4), (("--concurrency", "2"), 2), (("--concurrency", "7"), 7)):
+        for argv, count in (((), 4), (("--concurrency", "7"), 7)):
             with self.subTest(argv):
                 posts, names = len(self.api.posts), [f"{count} {at}" for at in range(8)]
                 release = self.painter.hold(*names)
@@ -547,12 +458,10 @@ class Stopped(ResumeCase):
         self.assertEqual([job["state"] for job in jobs], ["unknown", "unknown"])
         self.assertEqual({job["error"]["maybe_billed"] for job in jobs}, {True})
         self.assertEqual(total["error"]["exit_code"], 143)
-        self.assertEqual(self.states(), {"0001": "unknown", "0002": "unknown"})
         del self.env["PYTHONPATH"]
         self.hurried = False
         with clock(release.set):
             self.again(saves=2)
-        self.assertEqual(self.posted(), ["a", "b"])
         self.check_done("a", "b")
 
     def test_twice_leaves_at_once(self) -> None:
@@ -563,46 +472,41 @@ class Stopped(ResumeCase):
         self.assertEqual(self.check(self.finish(tool), 130).out, "")
         release.set()
         self.again(saves=2)
-        self.assertEqual(self.posted(), ["a", "b"])
         self.check_done("a", "b")
 
     def test_while_it_waits(self) -> None:
         """For its pace, or for what a 429 asked; what was refused then is sent by the next run."""
         slow = refusal(429, "rate_limit_exceeded", "Slow.", headers=[("Retry-After", "3600")])
-        rows = (
-            ("1", Reply(), signal.SIGINT),
-            ("99", slow, signal.SIGINT),
-            ("99", slow, signal.SIGKILL),
-        )
-        for rpm, reply, stop in rows:
-            with self.subTest(rpm=rpm, stop=stop):
-                posts = len(self.api.posts)
-                self.painter.seen.clear()
+        for reply, stop in (
+            (Reply(), signal.SIGINT),
+            (slow, signal.SIGINT),
+            (slow, signal.SIGKILL),
+        ):
+            with self.subTest(status=reply.status, stop=stop):
+                posts, paced = len(self.api.posts), reply is not slow
                 self.painter.order("a", reply)
                 self.prompts("a", "b")
+                rpm = "1" if paced else "99"
                 tool = self.start_tool("batch", "jobs.jsonl", *ONE, "--rpm", rpm)
-                if reply is slow:
+                if not paced:
                     self.hear(tool, "3600 s")
                 self.api.wait_for_request(posts + 1)
                 tool.send_signal(stop)
-                code = 130 if stop == signal.SIGINT else -stop
-                self.assertEqual(self.finish(tool).code, code)
+                self.assertEqual(self.finish(tool).code, 130 if stop == signal.SIGINT else -stop)
                 with clock():
                     self.batch()
-                paid_for = ["a", "b"] if reply is not slow else ["a", "a", "b"]
-                self.assertEqual(self.posted(), paid_for)
+                sent = sorted(self.painter.seen[posts:])
+                self.assertEqual(sent, ["a", "b"] if paced else ["a", "a", "b"])
                 self.assertEqual(set(self.states().values()), {"saved"})
                 shutil.rmtree(self.folder)
 
 
 class Shards(ResumeCase):
-    """One file over many machines."""
-
     def shard(self, which: str, *argv: Argument, code: int = 0) -> list[str]:
         """Run one shard, and return the prompts that it sends."""
-        before = len(self.api.posts)
+        before = len(self.painter.seen)
         self.batch("--shard", which, *argv, code=code)
-        return sorted(prompt_of(post) for post in self.api.posts[before:])
+        return sorted(self.painter.seen[before:])
 
     def test_every_nth(self) -> None:
         self.prompts(*"abcdea")

@@ -19,12 +19,6 @@ WITH_IMAGES: Json = {
     "output_tokens": 1756,
     "total_tokens": 2806,
 }
-CACHED_TEXT: Json = {
-    "prompt_tokens": 100,
-    "prompt_tokens_details": {"text_tokens": 100, "image_tokens": 0, "cached_tokens": 40},
-    "completion_tokens": 275,
-    "total_tokens": 375,
-}
 CACHED: Json = {  # all 50 of the text, and 200 of the images
     **WITH_IMAGES,
     "input_tokens_details": {"text_tokens": 50, "image_tokens": 1000, "cached_tokens": 250},
@@ -62,10 +56,8 @@ class Costs(Case):
             ("openai", OPENAI_USAGE, 0.008280),  # 6 * 5 + 275 * 30
             ("openai", NODEKEY_USAGE, 0.008280),  # the same in other words
             ("openai", WITH_IMAGES, 0.060930),  # 50 * 5 + 1000 * 8 + 1756 * 30
-            ("openai", CACHED_TEXT, 0.008600),  # 60 * 5 + 40 * 1.25 + 275 * 30
             ("openai", CACHED, 0.0595425),  # 50 * 1.25 + 800 * 8 + 200 * 2 + 1756 * 30
             ("openai -m gpt-image-2.5-flare-2026-09-08", CACHED, 0.0595425),
-            ("openai -m gpt-image-2.6-sunburst", CACHED, 0.0595425),
             ("openai -m gpt-image-1.5", CACHED, 0.0630545),  # out 32
             # 2, 0.20, 2.50, 0.25, 8: 50 * 0.2 + 800 * 2.5 + 200 * 0.25 + 1756 * 8
             ("openai -m gpt-image-1-mini", CACHED, 0.016108),
@@ -89,7 +81,6 @@ class Costs(Case):
             ("openai", OPENAI_USAGE, "", 0.00828, "281 tokens, $0.0083"),
             ("openai-hk", OPENAI_USAGE, "", 783.13, "281 tokens, 783 credits"),
             ("generic", OPENAI_USAGE, "", None, "281 tokens"),
-            ("generic", OPENAI_USAGE, "0.0421", 0.0421, "281 tokens, $0.0421"),
             ("generic", OPENAI_USAGE, "1.5e-05", 0.000015, "281 tokens, $0.0000"),
             ("generic", OPENAI_USAGE, "None", None, "281 tokens"),
             ("generic", OPENAI_USAGE, "-1", None, "281 tokens"),
@@ -101,17 +92,15 @@ class Costs(Case):
                 run = self.ask(provider, usage, litellm)
                 self.check_cost(run, amount, "credits" if provider == "openai-hk" else "USD", said)
                 self.assertEqual(run.json["usage"], usage or None)
-                self.assertEqual("tokens" in run.err, bool(usage))
 
     def test_prices_of_ones_own(self) -> None:
         """For all models or for one; they beat the provider's, and what litellm tells."""
         euros, dollars = ("EUR", "281 tokens, 0.00556 EUR"), ("USD", "281 tokens, $0.0056")
-        points = ("points", "281 tokens, 0.00556 points")
         table: list[tuple[str, dict[str, Any], tuple[str, str]]] = [
             ("generic", {**self.mine, "currency": "EUR"}, euros),
             ("generic", {"gpt-image-2": self.mine, "currency": "EUR"}, euros),
             ("generic", {"gpt-image-2": self.mine, "text_in": 99, "out": 99}, dollars),
-            ("openai-hk", {**self.mine, "currency": "points"}, points),
+            ("openai-hk", {**self.mine, "currency": "EUR"}, euros),
         ]
         for provider, prices, (currency, said) in table:
             with self.subTest(provider, prices=prices):
@@ -122,12 +111,10 @@ class Costs(Case):
 
     def test_prices_of_ones_own_for_cached_tokens(self) -> None:
         """Else they cost as much as others: 50 text and 200 image tokens are cached."""
-        for cached, amount in (
-            ({"text_cached": 2, "image_cached": 0.5}, 50 * 2 + 800 + 200 * 0.5 + 1756 * 20),
-            ({}, 50 * 10 + 1000 + 1756 * 20),
-        ):
-            self.configure(prices={**self.mine, **cached})
-            self.check_cost(self.ask("generic", CACHED), amount / 1_000_000, "USD")
+        self.configure(prices={**self.mine, "text_cached": 2, "image_cached": 0.5})
+        self.check_cost(self.ask("generic", CACHED), 100e-6 + 800e-6 + 100e-6 + 35120e-6, "USD")
+        self.configure(prices=self.mine)
+        self.check_cost(self.ask("generic", CACHED), 500e-6 + 1000e-6 + 35120e-6, "USD")
 
     def test_what_is_no_price_is_refused_before_anything_is_paid(self) -> None:
         api = self.serve_base()
@@ -156,17 +143,12 @@ class Estimates(Case):
             f"{square} --quality medium": (1756, 30),
             f"{square} --quality high": (7024, 30),
             "-s 1536x1024 --quality medium": (1372, 30),
-            "-s 3840x2160 --quality low": (371, 30),
             "-s 3840x2160 --quality high": (13342, 30),
             square: (7024, 30),  # auto counts as high
-            f"{square} --quality auto": (7024, 30),
-            f"{square} --quality xhigh": (7024, 30),
             f"{square} --quality low --n 3": (3 * 196, 30),
             # each preview is about 100 output tokens
             f"{square} --quality low --partial-images 2": (196 + 200, 30),
-            f"-m gpt-image-1.5 {square} --quality low": (272, 32),
             "-m gpt-image-1.5 -s 1024x1536 --quality medium": (1584, 32),
-            "-m gpt-image-1.5 -s 1536x1024 --quality high": (6208, 32),
             "-m gpt-image-1-mini -s 1536x1024 --quality medium": (1568, 8),
             f"-m gpt-image-1 {square} --quality high": (4160, 40),
         }
@@ -182,21 +164,16 @@ class Estimates(Case):
         self.assertEqual((known["currency"], known["estimated"]), ("credits", True))
         # (1 * 5 + 196 * 40) * 0.071 = 7845 * 0.071 = 556.995
         self.assertAlmostEqual(known["amount"], 557, delta=1)
-        for line in ("--provider nodekey", "-m gpt-image-3"):
-            self.assertIsNone(self.estimate(line))
-
-
-def stamp(days_ago: float = 0) -> str:
-    """Return a time as the history writes it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - days_ago * 86400))
+        self.assertIsNone(self.estimate("--provider nodekey"))
 
 
 def entry(days_ago: float = 0, **more: Any) -> dict[str, Any]:
     """Return an entry as the tool writes it."""
+    then = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - days_ago * 86400))
     request = {"command": "generate", "host": "api.openai.com", "model": "gpt-image-2"}
     request.update(size="1024x1024", quality="low", prompt="a fox")
     outcome = {"paths": ["/tmp/fox.png"], "usage": OPENAI_USAGE, "cost": COST, "seconds": 71.3}
-    return {"time": stamp(days_ago), **request, **outcome, "request_id": "req_1", **more}
+    return {"time": then, **request, **outcome, "request_id": "req_1", **more}
 
 
 class RecordCase(Case):
@@ -211,11 +188,8 @@ class RecordCase(Case):
         self.file.write_text("".join(texts), encoding="utf-8")
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return the history's entries; every line of it must be whole."""
-        lines = self.file.read_bytes().splitlines(keepends=True) if self.file.exists() else []
-        self.assertEqual([line for line in lines if not line.endswith(b"\n")], [])
-        # Who sees another's line half written ends it, which may leave an empty one.
-        return [json.loads(line) for line in lines if line.strip()]
+        """Return the history's entries."""
+        return [json.loads(line) for line in self.file.read_bytes().splitlines()]
 
     def generate(self, *argv: Argument, code: int = 0, prompt: str = "a fox") -> Run:
         """Run generate at OpenAI's prices."""
@@ -225,11 +199,9 @@ class RecordCase(Case):
         return self.run_tool("recover", "--last", "--provider", "openai", *argv)
 
     def history(self, *argv: str) -> Any:
-        """Return the document of the command history."""
         return self.check(self.run_tool("history", "--json", *argv), 0).json
 
     def prompts(self, *argv: str) -> list[str]:
-        """Return the prompts that the command history tells."""
         return [line["prompt"] for line in self.history(*argv)["entries"]]
 
     def totals(self) -> list[tuple[int, int, float]]:
@@ -239,13 +211,11 @@ class RecordCase(Case):
 
 
 class Lines(RecordCase):
-    """The line that a call leaves in the history."""
-
-    def test_what_it_holds(self) -> None:
+    def test_what_it_holds_and_what_the_sidecars_hold(self) -> None:
         reply = answer(PICTURE, OTHER)
         self.serve_base(reply._replace(headers=[*reply.headers, ("x-request-id", "req_7")]))
-        argv = ("-s", "1024x1024", "--quality", "low", "-n", "2")
-        before, run, after = stamp(), self.generate(*argv, prompt="a naïve 🦊"), stamp()
+        argv = ("-s", "1024x1024", "--quality", "low", "-n", "2", "-o", "new/", "--sidecar")
+        run = self.generate(*argv, prompt="a naïve 🦊")
         (line,) = self.entries()
         paths = [str(path) for path in run.saved]
         expected = entry(host="127.0.0.1", prompt="a naïve 🦊", paths=paths, request_id="req_7")
@@ -253,18 +223,25 @@ class Lines(RecordCase):
         expected["cost"] = {**COST, "amount": line["cost"]["amount"]}
         self.assertEqual({**line, **expected}, line)
         self.assertAlmostEqual(line["cost"]["amount"], 0.00828)
-        self.assertTrue(before <= line["time"] <= after, line)
+        self.assertEqual(self.prompts("--since", "1h"), ["a naïve 🦊"])
         self.assertGreater(line["seconds"], 0)
         self.assertEqual(self.file.stat().st_mode & 0o777, 0o600)
+        names = [f"new/{path.name}{end}" for path in run.saved for end in ("", ".json")]
+        self.assertEqual(self.listing(), sorted(names))
+        request = {"model": "gpt-image-2", "prompt": "a naïve 🦊", "quality": "low", "n": 2}
+        for path in paths:
+            document = json.loads((self.work / f"{path}.json").read_text("utf-8"))
+            self.assertEqual({**document["request"], **request}, document["request"])
+            self.assertEqual((document["usage"], document["request_id"]), (OPENAI_USAGE, "req_7"))
+            self.assertEqual(document["cost"], line["cost"])
+            self.assertIn(path, json.dumps(document))
 
     def test_the_key_is_never_in_it(self) -> None:
         reply = answer(PICTURE, usage={**OPENAI_USAGE, "note": KEY}, revised_prompt=KEY)
         self.serve_base(reply._replace(headers=[*reply.headers, ("x-request-id", KEY)]))
         self.generate("--user", KEY, "--sidecar", prompt=f"a fox with {KEY}")
-        written = [self.file, *self.work.glob("*.json")]
-        self.assertEqual(len(written), 2)
-        for path in written:
-            self.assertNotIn(KEY[5:-4], path.read_text())
+        (sidecar,) = self.work.glob("*.json")
+        self.assertNotIn(KEY[5:-4], self.file.read_text() + sidecar.read_text())
 
     def test_which_calls_leave_one(self) -> None:
         """Those that may have been billed; and it can be turned off."""
@@ -280,13 +257,12 @@ class Lines(RecordCase):
         self.generate(code=8)
         (line,) = self.entries()
         self.assertEqual((line["paths"], line["cost"]), ([], None))
-        self.configure(history=False)
+        self.configure(history=False, profiles={"loud": {"history": True}})
         self.generate(prompt="not noted")
-        self.configure(profiles={"quiet": {"history": False}})
-        self.generate("--profile", "quiet", prompt="not noted")
         self.assertEqual(len(self.entries()), 1)
         (self.work / "a.png").write_bytes(OTHER)
-        self.check(self.run_tool("edit", "a.png", "blue"), 0)
+        for profile in ([], ["--profile", "loud"]):
+            self.check(self.run_tool("edit", "a.png", "blue", *profile), 0)
         self.assertEqual(self.entries()[1]["command"], "edit")
 
     def test_recover_writes_what_the_call_could_not(self) -> None:
@@ -316,8 +292,6 @@ class Lines(RecordCase):
 
 
 class History(RecordCase):
-    """The command history."""
-
     def test_the_table(self) -> None:
         self.write(
             entry(prompt="a fox\x1b[31m\nin the snow"),
@@ -330,8 +304,6 @@ class History(RecordCase):
         lines = run.out.splitlines()
         first = r"\d{4}-\d\d-\d\dT.* gpt-image-2 .*1024x1024.*low.*\$0\.0083.*a fox.*in the snow"
         self.assertRegex(lines[0], first)
-        self.assertRegex(lines[2], r"783 credits.*a fox")
-        self.assertRegex(lines[3], r"gpt-image-2\.6-flare")
         totals = "\n".join(lines[4:])
         self.assertRegex(totals, r"gpt-image-2\b(?!\.).*\b3 pictures.*\b2 calls.*\$0\.0166")
         self.assertRegex(totals, r"gpt-image-2\b(?!\.).*\b1 picture.*\b1 call.*783 credits")
@@ -371,7 +343,6 @@ class History(RecordCase):
             {"cost": {**COST, "tax": 0.19}},
             {"cost": {"amount": 1}},
             {"cost": "free"},
-            {"cost": {"amount": "1", "currency": None}},
             {"paths": None, "prompt": None, "model": None},
             {"paths": 3},
         ]
@@ -381,28 +352,6 @@ class History(RecordCase):
 
 
 class Sidecars(RecordCase):
-    """PICTURE.json beside the picture."""
-
-    def sidecar(self, name: str) -> dict[str, Any]:
-        """Return what a file of the work folder holds."""
-        document: dict[str, Any] = json.loads((self.work / name).read_text("utf-8"))
-        return document
-
-    def test_what_it_holds(self) -> None:
-        reply = answer(PICTURE, OTHER)
-        self.serve_base(reply._replace(headers=[*reply.headers, ("x-request-id", "req_7")]))
-        argv = ("-o", "new/", "-n", "2", "--quality", "low", "--sidecar")
-        run = self.generate(*argv, prompt="a naïve 🦊")
-        names = [f"new/{path.name}{end}" for path in run.saved for end in ("", ".json")]
-        self.assertEqual(self.listing(), sorted(names))
-        request = {"model": "gpt-image-2", "prompt": "a naïve 🦊", "quality": "low", "n": 2}
-        for path in run.saved:
-            document = self.sidecar(f"new/{path.name}.json")
-            self.assertEqual({**document["request"], **request}, document["request"])
-            self.assertEqual((document["usage"], document["request_id"]), (OPENAI_USAGE, "req_7"))
-            self.assertAlmostEqual(document["cost"]["amount"], 0.00828)
-            self.assertIn(str(path), json.dumps(document))
-
     def test_one_that_exists_is_refused_beforehand_and_replaced_by_force(self) -> None:
         api = self.serve_base(answer(PICTURE))
         for name in ("fox.png.json", "owl-2.png.json"):
@@ -412,9 +361,9 @@ class Sidecars(RecordCase):
         self.generate("-o", "owl.png", "-n", "2", "--sidecar", code=2)
         self.assertRegex(self.generate("-o", "-", "--sidecar", code=2).err, "--sidecar")
         self.no_request(api)
-        self.assertEqual((self.work / "fox.png.json").read_text(), "old")
         self.generate("-o", "fox.png", "--sidecar", "--force")
-        self.assertEqual(self.sidecar("fox.png.json")["prompt"], "a fox")
+        sidecar = json.loads((self.work / "fox.png.json").read_text())
+        self.assertEqual(sidecar["prompt"], "a fox")
 
     def test_one_that_appears_meanwhile_is_not_replaced(self) -> None:
         theirs = self.work / "fox.png.json"
@@ -425,8 +374,7 @@ class Sidecars(RecordCase):
 
         self.serve_base(meanwhile)
         run = self.generate("-o", "fox.png", "--sidecar")
-        self.assertEqual(len(run.saved), 1)
-        self.assertEqual(theirs.read_text(), "theirs")
+        self.assertEqual((len(run.saved), theirs.read_text()), (1, "theirs"))
 
     def test_without_a_picture_or_the_option_there_is_none(self) -> None:
         self.serve_base(refusal(400, None, "No."), refusal(500, None, "Oh."), answer(PICTURE))
