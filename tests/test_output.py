@@ -9,16 +9,15 @@ import stat
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Iterator, Sequence
 from unittest import mock
 
 from tests.case import Argument, Run, SystemCase
 from tests.pictures import gif, jpeg, png, svg, webp
-from tests.server import Api, Reply, Request, Script, answer, b64, json_reply, page, refusal
+from tests.server import Reply, Script, answer, json_reply, refusal
 
 PICTURE = png(40, 30, seed=1)
 LARGE = png(400, 300, seed=2)  # larger than any pipe's buffer
-BAD = json_reply({"data": [{"b64_json": b64(PICTURE[:-20])}]})  # whole JSON, cut picture
 HOSTILE = "fox\nSaved: /etc/passwd (1 KB)\r\x1b[2K\x1b]0;t\x07\x85\u2028\u202egnp.\u2066\x00end"
 
 
@@ -33,15 +32,6 @@ class OutputCase(SystemCase):
         """Generate from a server that gives these replies (PICTURE); check the exit code."""
         self.serve_base(*(replies or [answer(PICTURE)]))
         return self.check(self.ask(*argv), code)
-
-    def meanwhile(self, act: Callable[[], object], reply: Reply | None = None) -> Api:
-        """Serve an answer; do something after the request has come and before it is answered."""
-
-        def script(request: Request) -> Reply:
-            act()
-            return answer(PICTURE) if reply is None else reply
-
-        return self.serve_base(script)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file in the work folder."""
@@ -112,14 +102,6 @@ class TestSavedLines(OutputCase):
                     self.assertIn(fact, run.json["warnings"][0])
                     self.assertIn(fact, run.err)
 
-    def test_quiet_says_errors_only(self) -> None:
-        replies = [answer(PICTURE), refusal(400, "invalid_value", "Bad size.")]
-        run = self.asked("--quiet", "-s", "1024x1024", replies=replies)
-        self.assertEqual((len(run.saved), run.err), (1, ""))
-        run = self.check(self.ask("--quiet"), 1)
-        self.assertEqual(run.out, "")
-        self.assertRegex(run.err, r"^[^\n]*Bad size[^\n]*\n$")
-
 
 class TestDocument(OutputCase):
     """With --json exactly one object on stdout, whatever happens."""
@@ -129,13 +111,9 @@ class TestDocument(OutputCase):
         (self.work / "taken.png").write_bytes(b"mine")
         outcomes: list[tuple[str, int, Reply | None, list[str]]] = [
             ("saved", 0, answer(PICTURE), []),
-            ("fewer", 9, answer(PICTURE), ["-n", "2"]),
             ("one is bad", 9, answer(PICTURE, PICTURE[:-20]), ["-n", "2"]),
-            ("none whole", 10, BAD, []),
-            ("unknown", 8, page(500, "Error"), []),
             ("unknown option", 2, None, ["--colour", "red"]),
             ("missing value", 2, None, ["--size"]),
-            ("illegal size", 2, None, ["-s", "100x100"]),
             ("name taken", 2, None, ["-o", "taken.png"]),
             ("no such config", 3, None, ["--config", "nowhere.json"]),
         ]
@@ -147,11 +125,9 @@ class TestDocument(OutputCase):
                 self.assertEqual((run.raw_out.count(b"\n"), run.raw_out.isascii()), (1, True), run)
                 self.assertEqual((document["schema"], document["command"]), (1, "generate"))
                 self.assertEqual((document["ok"], document["resumed"]), (code == 0, False))
-                self.assertEqual(len(document["images"]), 1 if code in (0, 9) else 0)
+                self.assertEqual(len(document["images"]), 1 if reply else 0)
                 self.assertEqual(error and error["exit_code"], code or None)
-                if error:
-                    self.assertTrue(error["code"] and error["message"])
-                    self.assertIs(error["maybe_billed"], code == 8)
+                self.assertTrue(not error or (error["code"] and error["message"]))
                 self.assertEqual(len(api.posts), 1 if reply else 0)
 
     def test_a_document_without_a_known_command(self) -> None:
@@ -171,21 +147,26 @@ class TestForging(OutputCase):
         for character in sorted(set(text) - {"\n"}):
             self.assertTrue(character.isprintable(), f"{character!r} in {run}")
 
-    def test_in_every_text_of_an_error(self) -> None:
+    def test_in_every_text_of_an_answer(self) -> None:
+        words = dict.fromkeys(["revised_prompt", "output_format", "size"], HOSTILE)
+        picture = answer(PICTURE, usage={HOSTILE: HOSTILE, "total_tokens": HOSTILE}, **words)
+        headers = [("X-Request-Id", "r\x1b[1m\u202e\x9b"), ("Content-Type", "\x1b[2K")]
         for name, reply in {
             "message": refusal(400, None, HOSTILE),
             "code": refusal(500, HOSTILE, "no", type=HOSTILE),
             "detail": json_reply({"detail": [HOSTILE, {HOSTILE: 1}]}, 400),
-            "body": Reply(400, HOSTILE.encode()),
             "inside a 200": refusal(200, "server_error", HOSTILE),
             "a body that is no JSON": Reply(200, HOSTILE.encode()),
             "location": Reply(302, headers=[("Location", "https://a.example/\x1b[2K\u202e\x9b")]),
             "link": answer(f"ftp://a.example/{HOSTILE}"),
+            "picture": picture._replace(headers=headers),
         }.items():
             for flags in (["--verbose"], ["--verbose", "--json"]):
                 with self.subTest(name, flags=flags):
                     self.serve_base(reply)
-                    self.check_clean(self.ask("--new", *flags), 0)
+                    run = self.ask("--new", *flags)
+                    self.check_clean(run, 1 if name == "picture" and "--json" not in flags else 0)
+                    self.assertEqual(run.code == 0, name == "picture")
 
     def test_in_what_a_caller_passes_on(self) -> None:
         name = HOSTILE.replace("\0", "")
@@ -194,17 +175,6 @@ class TestForging(OutputCase):
                 api = self.serve_base()
                 self.check_clean(self.check(self.run_tool("generate", *argv, name), 2), 0)
                 self.no_request(api)
-
-    def test_beside_a_picture(self) -> None:
-        usage = {HOSTILE: HOSTILE, "total_tokens": HOSTILE}
-        words = {"revised_prompt": HOSTILE, "output_format": HOSTILE, "size": HOSTILE}
-        reply = answer(PICTURE, usage=usage, **words)
-        headers = [("X-Request-Id", "r\x1b[1m\u202e\x9b"), ("Content-Type", "\x1b[2K")]
-        for flags, saved in (["--verbose"], 1), (["--verbose", "--json"], 0):
-            with self.subTest(flags):
-                run = self.asked(*flags, replies=[reply._replace(headers=headers)])
-                self.check_clean(run, saved)
-        self.assertIn("fox", run.json["images"][0]["revised_prompt"])
 
 
 # ---- Where it goes ----------------------------------------------------------------------------
@@ -269,7 +239,7 @@ class TestNeverOverwritten(OutputCase):
             (self.work / "fox-2-2.png").mkdir()
             (self.work / "fox-2-3.png").symlink_to(nowhere)
 
-        self.meanwhile(others, answer(LARGE, PICTURE))
+        self.serve_base(Reply(chunks=[others, answer(LARGE, PICTURE).body]))
         run = self.check(self.ask("-n", "2", "-o", "fox.png"), 0)
         self.assertEqual([path.name for path in run.saved], ["fox-1.png", "fox-2-4.png"])
         self.assertEqual([path.read_bytes() for path in run.saved], [LARGE, PICTURE])
@@ -282,29 +252,15 @@ class TestNeverOverwritten(OutputCase):
         fox, old, seen = self.work / "fox.png", self.work / "old.png", []
         old.write_bytes(b"old")
         fox.symlink_to(old)
-        for reply, code in ((BAD, 10), (Reply(500), 8), (answer(PICTURE), 0), (answer(LARGE), 0)):
-            self.meanwhile(lambda: seen.append(fox.read_bytes()), reply)
+        cut, error = answer(PICTURE[:-20]), refusal(500, None, "no")
+        for reply, code in ((cut, 10), (error, 8), (answer(PICTURE), 0), (answer(LARGE), 0)):
+            self.serve_base(
+                reply._replace(chunks=[lambda: seen.append(fox.read_bytes()), reply.body])
+            )
             self.check(self.ask("-o", "fox.png", "--force", "--new"), code)
         self.assertEqual(seen, [b"old", b"old", b"old", PICTURE])
         self.assertEqual((fox.read_bytes(), old.read_bytes()), (LARGE, b"old"))
         self.assertEqual(self.listing(), ["fox.png", "old.png"])
-
-    def test_many_at_once_under_one_name_lose_nothing(self) -> None:
-        count, all_asked = 8, threading.Event()
-
-        def own_picture(request: Request) -> Reply:
-            return answer(png(8, 8, seed=int(request.json["prompt"])))._replace(before=all_asked)
-
-        api = self.serve_base(otherwise=own_picture)
-        tools = [self.start_tool("generate", str(n), "-o", "fox.png") for n in range(count)]
-        api.wait_for_request(count)
-        all_asked.set()
-        for number, tool in enumerate(tools):
-            (path,) = self.check(self.finish(tool), 0).saved
-            self.assertEqual(path.read_bytes(), png(8, 8, seed=number))
-        names = ["fox.png", *(f"fox-{n}.png" for n in range(2, count + 1))]
-        self.assertEqual(self.listing(), sorted(names))
-        self.assertEqual(self.jobs(), [])
 
 
 class TestDurable(OutputCase):
@@ -338,22 +294,17 @@ class TestDurable(OutputCase):
         """Whoever guesses its name gains nothing by putting a link or a file there."""
         real, victim = os.open, self.new_folder("others") / "victim"
 
-        def planting(plant: Callable[[Path, str], object], folder: Path) -> Any:
-            """Return a patch that plants something where a file is about to be made."""
-
-            def opened(path: str, flags: int, *rest: Any, **options: Any) -> int:
-                if flags & os.O_CREAT and Path(path).parent == folder:
-                    plant(victim, path)
-                return real(path, flags, *rest, **options)
-
-            return mock.patch("os.open", opened)
+        def opened(path: str, flags: int, *rest: Any, **options: Any) -> int:
+            if flags & os.O_CREAT and Path(path).parent == folder:
+                plant(victim, path)
+            return real(path, flags, *rest, **options)
 
         for plant in (os.symlink, os.link):
             with self.subTest(plant.__name__):
                 victim.write_bytes(b"theirs")
                 victim.chmod(0o666)
                 folder = self.work / plant.__name__
-                with planting(plant, folder):
+                with mock.patch("os.open", opened):
                     self.asked("--new", "--output-dir", folder, code=9)
                 self.assertEqual(victim.read_bytes(), b"theirs")
                 self.assertEqual(stat.S_IMODE(victim.stat().st_mode), 0o666)
@@ -378,13 +329,6 @@ class TestFolders(OutputCase):
         self.asked("-o", "a/b/fox.png")
         self.assertEqual(self.read("a/b/fox.png"), PICTURE)
 
-    def test_a_current_folder_removed_meanwhile_is_made_again(self) -> None:
-        out = self.work / "out"
-        out.mkdir()
-        self.meanwhile(out.rmdir)
-        run = self.check(self.ask("-o", "fox.png", cwd=out), 0)
-        self.assertEqual((run.saved, self.read("out/fox.png")), ([out / "fox.png"], PICTURE))
-
     def test_a_full_disk_keeps_what_fits(self) -> None:
         disk = self.small_disk("disk")
         replies = [answer(PICTURE, LARGE, PICTURE)]
@@ -407,20 +351,15 @@ os.close(reader)
 os.execv(sys.argv[1], sys.argv[1:])
 """
 
-
-def shell(line: str) -> list[str]:
-    """Return the command that starts what follows it by a line of sh."""
-    return ["sh", "-c", line, "sh"]
-
-
-BENDS = {  # standard streams bent out of shape, and what does it
-    "stdout closed": shell('exec "$@" >&-'),
-    "stdout full": shell('exec "$@" >/dev/full'),
-    "stdout without reader": [sys.executable, "-IS", "-c", NO_READER],
-    "stderr closed": shell('exec "$@" 2>&-'),
-    "stderr full": shell('exec "$@" 2>/dev/full'),
-    "all closed": shell('exec "$@" <&- >&- 2>&-'),
+REDIRECTIONS = {
+    "stdout closed": ">&-",
+    "stdout full": ">/dev/full",
+    "stderr closed": "2>&-",
+    "stderr full": "2>/dev/full",
+    "all closed": "<&- >&- 2>&-",
 }
+BENDS = {name: ["sh", "-c", f'exec "$@" {bend}', "sh"] for name, bend in REDIRECTIONS.items()}
+BENDS["stdout without reader"] = [sys.executable, "-IS", "-c", NO_READER]
 
 
 class TestStreams(OutputCase):
@@ -450,12 +389,6 @@ class TestStreams(OutputCase):
         for name in self.bends():
             with self.subTest(name):
                 self.asked(code=4, replies=[refusal(401, "invalid_api_key", "no")])
-
-    def test_the_picture_itself_on_stdout(self) -> None:
-        run = self.asked("-o", "-", replies=[answer(LARGE)])
-        self.assertEqual(run.raw_out, LARGE)
-        self.assertIn("Saved: ", run.err)
-        self.assertEqual((self.listing(), self.jobs()), ([], []))
 
     def test_a_picture_that_stdout_did_not_take_is_kept(self) -> None:
         for name in self.bends("stdout"):

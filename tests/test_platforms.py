@@ -11,12 +11,10 @@ import errno
 import itertools
 import ntpath
 import os
-import re
 import stat
 import subprocess
 import threading
 import unittest
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -46,52 +44,20 @@ class TestCurlProgram(Case):
             ("nt", away, ".", "bin/curl.exe"),
             ("nt", away, windows, "win/System32/curl.exe"),
             ("posix", here, "", None),
-            ("nt", here, "", None),
             ("nt", here, ".", None),
         ):
             env = mock.patch.dict(os.environ, PATH=os.pathsep.join(folders), SYSTEMROOT=root)
-            with self.subTest(system, folders=folders, root=root), env:
-                self.assertEqual(self.found(system), wanted and str(self.tmp / wanted))
-
-    def found(self, system: str) -> str | None:
-        """Return the curl that is found on a system of this name."""
-        try:
-            with mock.patch("os.name", system):
-                return gpt_image2.find_curl()
-        except gpt_image2.Failure as failure:
-            self.assertEqual(failure.exit_code, 3)
-            return None
+            with self.subTest(system, folders=folders), env, mock.patch("os.name", system):
+                if wanted:
+                    self.assertEqual(gpt_image2.find_curl(), f"{self.tmp}/{wanted}")
+                else:
+                    self.assertRaises(gpt_image2.Failure, gpt_image2.find_curl)
 
 
-class TestOddFileSystems(SystemCase):
-    """Pictures are saved without hard links, modes or lasting folders."""
+class TestOddFileSystem(SystemCase):
+    """One without hard links, modes or lasting folders, as exFAT and most network drives."""
 
-    def saved(self, reply: Reply) -> Path:
-        """Return the path of the picture that is saved."""
-        self.serve_base(reply)
-        run = self.check(self.run_tool("generate", "a fox", "-o", "fox.png"), 0)
-        self.assertEqual([path.read_bytes() for path in run.saved], [FOX])
-        self.assertEqual(self.jobs(), [])
-        return run.saved[0]
-
-    def test_no_hard_links(self) -> None:
-        """As on exFAT and most network drives; a name that is taken meanwhile is passed over."""
-
-        def others() -> None:
-            (self.work / "fox.png").write_bytes(b"mine")
-            (self.work / "fox-2.png").mkdir()
-            (self.work / "fox-3.png").symlink_to("nowhere")
-
-        refused, unknown = (OSError(code, "no") for code in (errno.EPERM, errno.ENOTSUP))
-        faults = itertools.cycle((refused, unknown, NotImplementedError(), AttributeError()))
-        with mock.patch("os.link", side_effect=faults) as link:
-            path = self.saved(Reply(chunks=[others, answer(FOX).body]))
-        self.assertEqual(path.name, "fox-4.png")
-        self.assertEqual((self.work / "fox.png").read_bytes(), b"mine")
-        self.assertFalse((self.work / "nowhere").exists())
-        self.assertTrue(link.called)
-
-    def test_no_modes_and_folders_that_cannot_be_synced(self) -> None:
+    def test_pictures_are_saved_and_a_name_that_is_taken_meanwhile_is_passed_over(self) -> None:
         real, folders = os.fsync, []
 
         def fsync(file: Any) -> None:
@@ -100,43 +66,40 @@ class TestOddFileSystems(SystemCase):
                 raise OSError(errno.EINVAL, "a folder")
             real(file)
 
-        chmod = mock.patch("os.chmod", side_effect=OSError(errno.ENOTSUP, "no modes"))
-        with chmod, mock.patch("os.fsync", fsync):
-            self.saved(answer(FOX))
+        def others() -> None:
+            (self.work / "fox.png").write_bytes(b"mine")
+            (self.work / "fox-2.png").mkdir()
+            (self.work / "fox-3.png").symlink_to("nowhere")
+
+        refused, unknown = (OSError(code, "no") for code in (errno.EPERM, errno.ENOTSUP))
+        faults = itertools.cycle((refused, unknown, NotImplementedError(), AttributeError()))
+        self.serve_base(Reply(chunks=[others, answer(FOX).body]))
+        chmod = mock.patch("os.chmod", side_effect=unknown)
+        with mock.patch("os.link", side_effect=faults), chmod, mock.patch("os.fsync", fsync):
+            run = self.check(self.run_tool("generate", "a fox", "-o", "fox.png"), 0)
+        self.assertEqual((run.saved, self.jobs()), ([self.work / "fox-4.png"], []))
+        self.assertEqual(run.saved[0].read_bytes(), FOX)
+        self.assertEqual((self.work / "fox.png").read_bytes(), b"mine")
+        self.assertFalse((self.work / "nowhere").exists())
         self.assertTrue(folders)
 
 
 class TestWindowsWords(Case):
     """Command lines and paths as Windows writes them."""
 
-    def test_the_way_to_recover_runs_as_it_stands(self) -> None:
-        python = ntpath.join("C:\\", "Program Files", "Python", "python.exe")
-        with mock.patch("os.name", "nt"), mock.patch("sys.executable", python):
-            shown = gpt_image2.own_command("recover", "20261121T000000Z-0123456789ab")
-        self.assertRegex(
-            shown, rf'^"{re.escape(python)}" .* recover 20261121T000000Z-0123456789ab$'
-        )
-
     def test_a_key_command_keeps_its_backslashes(self) -> None:
-        for text, words in (
-            (r"C:\tools\key.exe get", [r"C:\tools\key.exe", "get"]),
-            (r'"C:\my tools\key.exe" "a b"', [r"C:\my tools\key.exe", "a b"]),
-        ):
-            with self.subTest(text), mock.patch("os.name", "nt"):
-                self.assertEqual(gpt_image2.read_command(text), words)
+        with mock.patch("os.name", "nt"):
+            words = gpt_image2.read_command(r'"C:\my tools\key.exe" C:\tools "a b"')
+        self.assertEqual(words, [r"C:\my tools\key.exe", r"C:\tools", "a b"])
 
     def test_outputs_with_a_drive(self) -> None:
-        """Planned by a dry run, in a folder that has the drives in it."""
         words = ("generate", "a fox", "--sandbox", "--dry-run", "--json")
         for drive in ("C:\\", "D:\\", r"\\server\share", "\\\\server\\share\\"):
             (self.work / drive).mkdir()
         for options, wanted in (
             (["-o", r"C:\out\fox.png"], r"C:\out\fox.png"),
-            (["-o", "C:/out/fox.png"], r"C:\out\fox.png"),
             (["-o", r"\\server\share\x\fox.png"], r"\\server\share\x\fox.png"),
-            (["-o", "fox.png", "--output-dir", "D:\\pics"], r"D:\pics\fox.png"),
             (["-o", r"C:\a.png", "--output-dir", "D:\\pics"], r"C:\a.png"),
-            (["-o", "C:\\out\\"], "C:\\out\\"),
             (["-o", "C:/out/"], "C:\\out\\"),
             (["--output-dir", "D:\\pics"], "D:\\pics\\"),
         ):
@@ -166,11 +129,9 @@ class TestUtf8(Case):
     def test_lines_messages_and_prompts(self) -> None:
         name = "ä-狐-🦊.png"
         for place in (
-            {"PYTHONIOENCODING": "cp1252"},
             {"PYTHONIOENCODING": "cp437:strict"},
             {"PYTHONIOENCODING": "ascii:strict", "LC_ALL": "C"},
             {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-            {"LC_ALL": "POSIX", "PYTHONIOENCODING": "utf-16"},
         ):
             with self.subTest(place):
                 api = self.serve_base(answer(FOX))
@@ -181,18 +142,10 @@ class TestUtf8(Case):
                 self.assertEqual(self.listing(), [name])
                 self.assertEqual(api.posts[0].json["prompt"], "ein Fuchs: 狐")
 
-    def test_a_name_that_is_not_utf_8(self) -> None:
-        name = os.fsdecode(b"f\xff\xe9x.png")
-        for options in ([], ["--force", "--json"]):
-            self.serve_base(answer(FOX))
-            run = self.check(self.run_tool("generate", "a fox", "-o", name, *options), 0)
-            (path,) = map(Path, [i["path"] for i in run.json["images"]] if options else run.saved)
-            self.assertEqual((path.name, path.read_bytes()), (name, FOX))
-
 
 # What stands in for Windows: put before the tool starts, as sitecustomize.py.
 BARE_SYSTEM = """
-import glob, os, shutil, signal, sys
+import contextlib, glob, os, shutil, signal, sys
 
 sys.modules["fcntl"] = None
 for name in ("link getuid geteuid getgid getegid O_NOFOLLOW O_DIRECTORY O_NONBLOCK fork kill "
@@ -203,11 +156,9 @@ for name in "SIGHUP SIGUSR1 SIGUSR2 SIGALRM SIGWINCH SIGTSTP SIGCONT SIGQUIT set
 
 def in_use(path):
     for handle in glob.glob("/proc/[0-9]*/fd/*"):
-        try:
+        with contextlib.suppress(OSError):
             if os.readlink(handle) == os.path.realpath(path):
                 return True
-        except OSError:
-            pass
     return False
 
 def unless_in_use(change):
@@ -253,16 +204,13 @@ class TestBareSystem(Case):
         for words in (
             "generate fox --sandbox -o fox.png --n 2",
             "generate fox --sandbox -o fox-1.png --force --sidecar",
-            "edit a.png winter --mask-box 1,1,50,50 --sandbox -o w.png",
+            "edit a.png winter --sandbox -o w.png",
             "generate fox -o mine.png",
-            "history",
             "history --clear",
             "config --init",
             "config --init --profile nodekey",
-            "config --show",
         ):
-            run = self.well(*words.split())
-        self.assertIn("nodekey", run.out)
+            self.well(*words.split())
         names = ["a.png", "fox-1.png", "fox-1.png.json", "fox-2.png", "mine.png", "w.png"]
         self.assertEqual(self.listing(), names)
 
@@ -279,14 +227,14 @@ class TestBareSystem(Case):
         self.assertEqual(len(api.posts), 2)
 
     def test_what_was_killed_is_waited_for_and_recovered(self) -> None:
-        gate, reply = threading.Event(), answer(FOX)
-        api = self.serve_base(Reply(chunks=(reply.body[:50], gate, reply.body[50:])))
+        gate = threading.Event()
+        api = self.serve_base(answer(FOX)._replace(before=gate))
         tool = self.start_tool("generate", "a fox")
         api.wait_for_request()
-        self.wait_until(lambda: [f for f in self.jobs() if (f / "response.json").stat().st_size])
         tool.kill()
         self.finish(tool)
-        self.assertEqual(self.check(self.run_tool("recover", "--last", "--no-wait"), 10).saved, [])
+        (job,) = self.jobs()
+        self.assertEqual(self.check(self.run_tool("recover", job.name, "--no-wait"), 10).saved, [])
         gate.set()
-        (path,) = self.well("recover", "--last", "-o", "fox.png").saved
+        (path,) = self.well("recover", job.name, "-o", "fox.png").saved
         self.assertEqual((path, path.read_bytes()), (self.work / "fox.png", FOX))
