@@ -48,7 +48,6 @@ cat >"$call/stdin"
 
 
 def text_of(path: Path) -> str:
-    """Return a document."""
     return path.read_text(encoding="utf-8")
 
 
@@ -93,7 +92,6 @@ class DocumentCase(Case):
     """A case that knows the help texts."""
 
     def run_json(self, *argv: str, code: int = 0) -> Any:
-        """Return the JSON document of a call."""
         return self.check(self.run_tool(*argv, "--json"), code).json
 
     def help_text(self, *command: str) -> str:
@@ -118,11 +116,6 @@ class TestExamples(DocumentCase):
         for program in ("python3", "gpt-image2"):
             (self.stubs / program).write_text(NOTING_STUB)
             (self.stubs / program).chmod(0o700)
-        # The sandbox paints each size once, whatever the prompt.
-        paint = functools.lru_cache(maxsize=None)(gpt_image2.paint_placeholder)
-        self.painted = mock.patch(
-            "gpt_image2.paint_placeholder", lambda width, height, *_: paint(width, height, "")
-        )
         self.ran: list[Any] = []
 
     def new_world(self) -> None:
@@ -195,9 +188,15 @@ class TestExamples(DocumentCase):
             examples = re.findall(r"^  (\S*.*gpt-image2 .*)$", text, re.MULTILINE)
             self.assertTrue(examples, command)
             scripts.update((f"help {command}: {line}", line) for line in examples)
+        paint = functools.lru_cache(maxsize=None)(gpt_image2.paint_placeholder)
+
+        def paint_once(width: int, height: int, *_: Any) -> bytes:
+            return paint(width, height, "any prompt")
+
         made = 0
         for place, text in scripts.items():
-            with self.subTest(f"{place}\n{text}"), self.painted:
+            painting = mock.patch("gpt_image2.paint_placeholder", paint_once)
+            with self.subTest(f"{place}\n{text}"), painting:
                 calls = self.check_block(text)
                 self.assertTrue(calls or not place.startswith("help"))
                 made += calls
@@ -228,19 +227,18 @@ class TestTables(DocumentCase):
         (_, rows), *_ = tables("you use")
         self.assertEqual(len(rows), 6)
         for user, command, then in rows[1:]:
-            with self.subTest(user):
-                words = shlex.split(command.strip("`"))[1:]
-                path = self.tmp / f"{user}.json"
-                run = self.check(self.run_tool(*words, "--config", path), 0)
-                [export] = re.findall(r"export \w+=", run.err)
-                self.assertIn(export, then)
+            words = shlex.split(command.strip("`"))[1:]
+            run = self.check(self.run_tool(*words, "--config", self.tmp / f"{user}.json"), 0)
+            [export] = re.findall(r"export \w+=", run.err)
+            self.assertIn(export, then)
 
     def test_the_json_examples(self) -> None:
         examples: list[dict[str, Any]] = [json.loads(text) for text in blocks("json").values()]
+        config = self.config / "gpt-image-2" / "config.json"
         for words in ([], ["--profile", "openai-hk"]):
             self.check(self.run_tool("config", "--init", *words), 0)
-        self.assertIn(json.loads(text_of(self.config / "gpt-image-2" / "config.json")), examples)
-        (self.config / "gpt-image-2" / "config.json").unlink()
+        self.assertIn(json.loads(text_of(config)), examples)
+        config.unlink()
         example = next(example for example in examples if "schema" in example)
         error = next(example for example in examples if "maybe_billed" in example)
         good = self.run_json("generate", "a fox", "--sandbox", "-s", "portrait")
@@ -304,6 +302,12 @@ class TestTables(DocumentCase):
         for path in DOCUMENTS:
             quoted = " ".join(re.findall("`[^`]+`", prose(path)))
             self.assertEqual(set(option.findall(quoted)) - known, set(), path.name)
+
+    def test_links_lead_somewhere(self) -> None:
+        for path in DOCUMENTS:
+            for target in re.findall(r'(?:\]\(|(?:src|href)=")([^)"#\s]+)', prose(path)):
+                if "://" not in target:
+                    self.assertTrue((path.parent / target).exists(), f"{path.name}: {target}")
 
 
 class TestHelp(DocumentCase):

@@ -30,7 +30,6 @@ class TestSandboxFlag(Case):
 
     def test_pictures_of_the_size_asked_several_and_partial_ones_too(self) -> None:
         for words, size in (
-            ("generate fox --size 1280x720", (1280, 720)),
             ("generate fox --size portrait", (672, 1008)),
             ("edit fox.png blue --size 1024x768", (1024, 768)),
             ("generate fox --provider openai-hk --size 1280x720", (1280, 720)),  # by a link
@@ -69,7 +68,7 @@ class TestSandboxFlag(Case):
             with self.subTest(words):
                 error = self.sandbox(f"{words} --json", exit_code).json["error"]
                 self.assertEqual(error["code"], code)
-        self.sandbox("generate fox --param colour=7 --provider generic")
+        self.sandbox("generate fox -s portrait --param colour=7 --provider generic")
 
 
 class TestSandboxServer(SystemCase):
@@ -86,11 +85,9 @@ class TestSandboxServer(SystemCase):
         return found[0]
 
     def curl(self, *argv: str) -> bytes:
-        """Run curl, and return what it printed."""
         return subprocess.check_output(["curl", "-q", "-s", *argv], env=self.env)
 
     def post(self, base: str, **fields: Any) -> Any:
-        """POST a generation, and return the answer's JSON."""
         body = ["-H", "Content-Type: application/json", "-d", json.dumps(fields)]
         return json.loads(self.curl(*body, f"{base}/images/generations"))
 
@@ -103,11 +100,11 @@ class TestSandboxServer(SystemCase):
             self.assertIn("error", json.loads(self.curl(flag, body, base + path)), body)
         error = self.post(base, prompt="a fox", colour="red")["error"]
         self.assertEqual((error["code"], error["param"]), ("unknown_parameter", "colour"))
-        data = self.post(base, model="gpt-image-2", prompt="a fox", size="1280x720", n=2)["data"]
-        pictures = [read_png(b64decode(item["b64_json"])) for item in data]
-        self.assertEqual([(p.width, p.height) for p in pictures], [(1280, 720)] * 2)
+        [item] = self.post(base, model="gpt-image-2", prompt="a fox", size="1280x720")["data"]
+        picture = read_png(b64decode(item["b64_json"]))
+        self.assertEqual((picture.width, picture.height), (1280, 720))
         # Nearly white rows, in groups: SANDBOX, the size, the prompt.
-        white = "".join("#" if max(row[1::3]) > 200 else " " for row in pictures[0].rows)
+        white = "".join("#" if max(row[1::3]) > 200 else " " for row in picture.rows)
         self.assertEqual(len(white.split()), 3)
         listed = [model["id"] for model in json.loads(self.curl(f"{base}/models"))["data"]]
         self.assertIn("gpt-image-2", listed)
@@ -117,8 +114,6 @@ class TestSandboxServer(SystemCase):
         argv = ["generate", "a fox", "--base-url", base, "--size", "portrait"]
         run = self.check(self.run_tool(*argv), 0)
         self.assertEqual(read_png(run.saved[0].read_bytes()).width, 672)
-        url = self.post(base, prompt="a fox")["data"][0]["url"]  # as that provider answers
-        self.assertEqual(read_png(self.curl(url)).width, 1024)
 
     def test_where_it_listens_and_how_it_ends(self) -> None:
         for number, codes in ((signal.SIGINT, (0, 130)), (signal.SIGTERM, (0, 143))):

@@ -54,15 +54,12 @@ class TestCompletion(Case):
         return path
 
     def offered(self, *argv: str) -> list[str]:
-        """Return the lines that a shell prints."""
         done = subprocess.run(argv, cwd=self.work, env=self.env, capture_output=True, check=True)
         self.assertEqual(done.stderr, b"")
         return done.stdout.decode().splitlines()
 
     def test_bash(self) -> None:
         bash = ["bash", "-c", BASH_DRIVER, "bash", str(self.written("bash"))]
-        (self.work / "two words.png").touch()
-        self.assertEqual(self.offered(*bash, "gpt-image2", "edit", "two"), ["two words.png"])
         for typed, due in COMPLETED:
             with self.subTest(typed):
                 self.assertEqual(self.offered(*bash, *typed.split()), [due])
@@ -229,7 +226,6 @@ class TestPreview(ScreenCase):
     """--preview: the picture in the terminal, byte for byte, and a line where there can be none."""
 
     def preview(self, env: Mapping[str, str], picture: bytes = PICTURE, tty: bool = True) -> str:
-        """Return what a call with --preview shows."""
         self.serve_base(answer(picture))
         return self.shown("--preview", tty=tty, env=env)
 
@@ -285,6 +281,3 @@ class TestPreview(ScreenCase):
                 shown = self.preview(env, picture, tty)
                 self.assertIn(line, shown)
                 self.assertNotRegex(shown, "\x1b[_\\]]")
-        self.serve_base(answer(PICTURE))
-        run = self.check(self.run_tool("generate", "a fox", "--preview", "--json", env=KITTY), 0)
-        self.assertIn("--preview needs", run.json["warnings"][0])
