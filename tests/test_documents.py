@@ -341,8 +341,7 @@ class TestHelp(DocumentCase):
                     if default and row:
                         self.assertEqual(default[1], str(row["value"]), option)
                     for low, high in re.findall(r" (\d+)\.\.(\d+)$", left):
-                        for value in (int(low), int(high)):
-                            gpt_image2.parse_arguments([command, f"{option}={value}"])
+                        gpt_image2.parse_arguments([command, f"{option}={low}", f"{option}={high}"])
                         for value in (int(low) - 1, int(high) + 1):
                             with self.assertRaises(gpt_image2.Failure):
                                 gpt_image2.parse_arguments([command, f"{option}={value}"])
@@ -351,9 +350,7 @@ class TestHelp(DocumentCase):
 class TestSkill(unittest.TestCase):
     """The Agent Skills format, as far as a test without its validator can see; what else leads."""
 
-    def test_the_first_screen_and_the_newest_version(self) -> None:
-        first_screen = "".join(text_of(README).splitlines()[:25])
-        self.assertRegex(first_screen, r" generate .* --sandbox.*docs/terminal\.png")
+    def test_the_newest_version(self) -> None:
         titles = re.findall(r"^## (\S+)", text_of(CHANGELOG), re.MULTILINE)
         released = [title for title in titles if title != "Unreleased"]
         self.assertEqual(released[0], gpt_image2.__version__)
@@ -366,7 +363,6 @@ class TestSkill(unittest.TestCase):
         values = dict(re.findall(r"^(\w+):(?: *>-)?(.*(?:\n  .*)*)", match[1], re.MULTILINE))
         keys = "name description license compatibility metadata"
         self.assertEqual(" ".join(values), keys)
-        self.assertEqual(values["name"].strip(), "gpt-image-2")
         for key, longest in (("description", 1024), ("compatibility", 500)):
             self.assertTrue(0 < len(" ".join(values[key].split())) <= longest)
         self.assertNotRegex(match[1], r"[{}\[\]\t]")  # block style only

@@ -237,16 +237,15 @@ class TestFiles(SettingsCase):
     def test_an_unknown_key_is_a_warning_with_the_nearest(self) -> None:
         self.configure(qualty="low", profile="home", profiles={"home": {"basse_url": OPENAI}})
         run = self.generate("--dry-run")
-        for wrong, right in (("qualty", "quality"), ("basse_url", "base_url")):
-            self.assertRegex(run.err, f"(?m)^.*warning: .*{wrong}.*did you mean {right}")
+        for pattern in ("qualty.*did you mean quality", "basse_url.*did you mean base_url"):
+            self.assertRegex(run.err, f"warning: .*{pattern}")
 
     def test_a_file_that_others_can_read_gets_a_line_that_mends_it(self) -> None:
         path = self.write(self.tmp / "it's mine.json", model="gpt-image-2")
-        for mode in (0o640, 0o604):
-            path.chmod(mode)
-            said = self.config_tool("--show", "--config", str(path)).err
-            subprocess.run(["sh", "-c", said[said.index("chmod 600") :]], check=True)
-            self.assertEqual(path.stat().st_mode & 0o777, 0o600)
+        path.chmod(0o604)
+        said = self.config_tool("--show", "--config", str(path)).err
+        subprocess.run(["sh", "-c", said[said.index("chmod 600") :]], check=True)
+        self.assertEqual(path.stat().st_mode & 0o777, 0o600)
 
 
 class TestOnTheWire(SettingsCase):

@@ -170,11 +170,6 @@ def frames(said: str, _: float = 0) -> list[tuple[str, int, str]]:
     return [(mark, int(seconds), rest) for mark, seconds, rest in found]
 
 
-def left(said: str) -> list[str]:
-    """Return the lines that stay on a terminal."""
-    return re.sub(r"[^\n]*\r\x1b\[K", "", said).splitlines()
-
-
 class TestProgress(ScreenCase):
     """A spinner on a terminal, a line every half minute elsewhere."""
 
@@ -193,7 +188,8 @@ class TestProgress(ScreenCase):
         self.assertEqual([row[1] for row in found], sorted(row[1] for row in found))
         self.assertRegex(found[0][2], "usually 10 to 70 s")
         self.assertRegex(found[-1][2], "300 KB received")
-        self.assertEqual([line.split()[0] for line in left(said)], ["POST", "Job:", "HTTP", "281"])
+        stays = re.sub(r"[^\n]*\r\x1b\[K", "", said).splitlines()
+        self.assertEqual([line.split()[0] for line in stays], ["POST", "Job:", "HTTP", "281"])
         self.assertNotRegex(said, r"\x1b\[[0-9;]*m")
 
     def test_a_line_every_half_minute_elsewhere(self) -> None:
