@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import random
 import tempfile
 import unittest
 from email.utils import formatdate
@@ -54,16 +53,15 @@ def pixels(text: str) -> tuple[int, int]:
 
 
 class TestSpellings(unittest.TestCase):
-    """From what a person types to pixels."""
+    """From what a person types to pixels, the flexible rule, and the nearest legal size."""
 
     def test_the_thirty_named_sizes_and_others(self) -> None:
         for ratio, name, *sizes in ROWS:
             for tier, size in zip(AREAS, sizes):
                 self.assertTrue(is_legal(*pixels(size)), size)
                 for spelling in (f"{name}@{tier}", f"{ratio}@{tier}", size):
-                    with self.subTest(spelling):
-                        self.assertEqual(tool.parse_size(spelling), pixels(size))
-                        self.assertEqual(tool.parse_size(spelling.swapcase()), pixels(size))
+                    self.assertEqual(tool.parse_size(spelling), pixels(size))
+                    self.assertEqual(tool.parse_size(spelling.swapcase()), pixels(size))
             self.assertEqual(tool.parse_size(name), pixels(sizes[0]))  # without a tier
             self.assertEqual(tool.parse_size(ratio), pixels(sizes[0]))
         self.assertIsNone(tool.parse_size("AUTO"))
@@ -72,15 +70,13 @@ class TestSpellings(unittest.TestCase):
             *(("2k", "2048x2048"), ("4K", "2880x2880")),
             *(("32:18@2K", "2048x1152"), ("7:3", "1344x576")),  # multiples of a row's ratio
         ):
-            with self.subTest(spelling):
-                self.assertEqual(tool.parse_size(spelling), pixels(text))
+            self.assertEqual(tool.parse_size(spelling), pixels(text), spelling)
 
     def test_what_is_no_size(self) -> None:
         for spelling in (
-            *("", " ", "big", "x", "1024", "1024x", "x1024", "1024x1024x1024", "-16x16", "+16x16"),
+            *("", " ", "big", "1024", "1024x", "x1024", "1024x1024x1024", "-16x16", "+16x16", "8K"),
             *("1_024x1024", "１０２４x1024", "1024.0x1024", "1e3x1e3", "1024px", "0x400h", "1024:"),
-            *("8K", "0K", "@2K", "story@", "story@8K", "auto@2K", "2K@2K", "story@2K@2K", "16:9@"),
-            *("0:1", "1:0", ":", "16:9:4", "-1:1", "1.5:1", "1024x1024@2K", "story 2K", "a\nb"),
+            *("@2K", "story@", "story@8K", "auto@2K", "2K@2K", "story@2K@2K", "0:1", "1:0", ":"),
         ):
             with self.subTest(spelling), self.assertRaises(ValueError):
                 tool.parse_size(spelling)
@@ -98,19 +94,13 @@ class TestSpellings(unittest.TestCase):
                 self.assertAlmostEqual(gaps[size], min(gaps.values()))
         self.assertIn(tool.parse_size("4:1@2K"), [size for size in LEGAL if size[0] == 3 * size[1]])
 
-
-class TestRule(unittest.TestCase):
-    """The flexible rule, and the legal size that is nearest."""
-
     def test_every_size_on_the_grid(self) -> None:
         grid = [*GRID, (1920, 1080), (1024, 1025), (1025, 1024), (1000, 1000), (1, 1)]
         wrong = [size for size in grid if is_legal(*size) == bool(tool.size_fault(*size))]
         self.assertEqual(wrong, [])
 
     def test_the_nearest_is_the_least_distance_and_on_a_tie_the_larger(self) -> None:
-        source = random.Random(2026)
-        some = [tuple(int(2 ** source.uniform(4, 13)) for _ in "wh") for _ in range(6)]
-        for width, height in ((1, 1), (99_999, 1), (1500, 600), (1920, 1080), (7680, 4320), *some):
+        for width, height in ((1, 1), (99_999, 1), (1500, 600), (37, 6011), (1920, 1080)):
             with self.subTest(width=width, height=height):
                 gaps = {(w, h): log(w / width) ** 2 + log(h / height) ** 2 for w, h in LEGAL}
                 least = min(gaps.values())
@@ -191,8 +181,7 @@ class TestBaseUrl(unittest.TestCase):
             ("localhost:8080", "http://localhost:8080/v1"),
             ("https://localhost:8080", "https://localhost:8080/v1"),
         ):
-            with self.subTest(given):
-                self.assertEqual(tool.parse_base_url(given).url, base)
+            self.assertEqual(tool.parse_base_url(given).url, base, given)
 
     def test_refusals(self) -> None:
         paths = ('"v1"', "{v1,v2}", "[1-3]", "v1#top", "a b", "\x1b[31m", "a\nurl = b.example")
@@ -218,14 +207,11 @@ class TestBaseUrl(unittest.TestCase):
         self.assertEqual(len({tool.parse_base_url(text).origin for text in here}), 1)
 
     def test_loopback_is_no_more_than_that(self) -> None:
-        for host, loopback in (
-            *(("localhost", True), ("127.0.0.1", True), ("127.1", True), ("[::1]", True)),
-            *(("127.evil.example", False), ("127.0.0.1.evil.example", False), ("0.0.0.0", False)),
-            *(("localhost.evil.example", False), ("10.0.0.1", False), ("128.0.0.1", False)),
-        ):
-            with self.subTest(host):
-                base = tool.parse_base_url(host)
-                self.assertEqual((base.loopback, base.scheme == "http"), (loopback, loopback))
+        here = ("localhost", "127.0.0.1", "127.1", "[::1]")
+        others = ("127.0.0.1.evil.example", "localhost.evil.example", "0.0.0.0", "128.0.0.1")
+        for host in (*here, *others):
+            base, loopback = tool.parse_base_url(host), host in here
+            self.assertEqual((base.loopback, base.scheme == "http"), (loopback, loopback), host)
 
 
 class TestAddresses(unittest.TestCase):
@@ -269,13 +255,11 @@ class TestWaits(unittest.TestCase):
                 self.assertEqual(tool.retry_after(headers), seconds)
 
     def test_junk_is_ignored(self) -> None:
-        junk = ["", "soon", "nan", "inf", "-inf", "-3", "+3", "1e9", "0x10", "1_0", "٣", "３", "5s"]
-        junk += [" ", ",", "Mon,", "0,", "1,2", "Mon, 99 Foo 2026", "9" * 400, "٣.٥", "\x00"]
-        junk += ["Fri, 31 Dec 99999999 23:59:59 GMT", "Fri, 31 Dec 2026 99:99:99 +9999999"]
+        junk = ["", "soon", "nan", "inf", "-3", "+3", "1e9", "0x10", "1_0", "３", "5s", "9" * 400]
+        junk += ["Mon, 99 Foo 2026", "Fri, 31 Dec 99999999 23:59:59 GMT", "٣.٥", "\x00", "1,2"]
         for value in junk:
-            with self.subTest(value[:40]):
-                self.assertIn(tool.retry_after({"retry-after": value}), (None, 0))
-                self.assertIn(tool.retry_after({"retry-after-ms": value}), (None, 0))
+            self.assertIn(tool.retry_after({"retry-after": value}), (None, 0), value)
+            self.assertIn(tool.retry_after({"retry-after-ms": value}), (None, 0), value)
 
     def test_without_a_word_it_doubles_up_to_half_a_minute(self) -> None:
         with mock.patch("random.uniform", return_value=1.0) as jitter:
@@ -391,8 +375,7 @@ class TestBase64(unittest.TestCase):
         for picture in (b"", b"a", b"ab", b"abc", PICTURE):
             for text in (b64(picture), b64(picture).rstrip("="), b64(picture) + "\n"):
                 for size in (1, 2, 3, 4, 5, 64, len(text) + 1):
-                    with self.subTest(text[:12], size=size):
-                        self.assertEqual(self.decode(text, size), picture)
+                    self.assertEqual(self.decode(text, size), picture, (text, size))
 
     def test_a_data_prefix(self) -> None:
         for prefix in ("data:image/png;base64,", " data:;base64,", "DATA:image/png;a=b;BASE64,"):
