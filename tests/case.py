@@ -69,7 +69,6 @@ class Run(NamedTuple):
 
     @property
     def json(self) -> Any:
-        """The standard output, which must be one JSON document."""
         return json.loads(self.out)
 
     def __str__(self) -> str:
@@ -109,8 +108,6 @@ class Case(unittest.TestCase):
         folder.mkdir()
         return folder
 
-    # Servers and settings
-
     def serve(self, *replies: Script, **options: Any) -> Api:
         """Start a server (replies and options: see Api); it is checked when the test ends."""
         api = Api(*replies, **options)
@@ -132,8 +129,6 @@ class Case(unittest.TestCase):
         path.write_text(json.dumps(settings), encoding="utf-8")
         path.chmod(0o600)
         return path
-
-    # Running the tool
 
     def run_tool(
         self,
@@ -208,8 +203,6 @@ class Case(unittest.TestCase):
         (folder / "sitecustomize.py").write_text(HURRY.format(times=times))
         self.env["PYTHONPATH"], self.hurried = str(folder), True
 
-    # Looking at what came of it
-
     def check(self, run: Run, code: int) -> Run:
         """Assert the exit code, and that there is no traceback; a failure tells the whole story."""
         if run.code != code or "Traceback" in run.err:
@@ -250,8 +243,6 @@ class SystemCase(Case):
         super().setUp()
         self.heard: dict[int, bytes] = {}
 
-    # Processes
-
     def processes(self, name: str = "") -> list[int]:
         """Return the running processes of this test (of a name): children and their curls."""
         marker = f"XDG_STATE_HOME={self.state}".encode()
@@ -286,8 +277,6 @@ class SystemCase(Case):
         """Let every later run of the tool be started by this line of sh, ending in exec "$@"."""
         self.launcher = ("sh", "-c", line, "sh")
 
-    # Files
-
     def jobs_anywhere(self) -> list[Path]:
         """Return the job folders in the state folder and in its stand-in below TMPDIR."""
         return self.jobs() + sorted((self.tmp / "tmp").glob("gpt-image-2-*/jobs/*"))
@@ -310,8 +299,6 @@ class SystemCase(Case):
         """Return the files, anywhere in this test's folders, that hold a text."""
         paths = filter(Path.is_file, self.tmp.rglob("*"))
         return [path for path in paths if text.encode() in path.read_bytes()]
-
-    # The system
 
     def small_disk(self, name: str, size: int = 65536) -> Path:
         """Return a folder that is a disk of its own, or skip where that can't be made."""

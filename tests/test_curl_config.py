@@ -142,7 +142,6 @@ class TestAround(SystemCase):
     """What curl must not take from elsewhere, and where it must not go."""
 
     def generate(self, code: int = 0) -> Run:
-        """Run generate."""
         return self.check(self.run_tool("generate", "a fox"), code)
 
     def test_the_users_curlrc_is_not_read(self) -> None:

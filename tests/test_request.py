@@ -236,7 +236,6 @@ class TestFields(RequestCase):
     def test_spellings(self) -> None:
         table: dict[str, dict[str, Any]] = {
             "-m my-own -s 1536x1024": {"model": "my-own", "size": "1536x1024"},
-            "--size auto --quality auto": {"size": "auto", "quality": "auto"},
             "--size=Story@2k --n=1": {"size": "1152x2048", "n": 1},
             "-s 1920x1080 --nearest-size": {"size": "1920x1088"},
             "-n 2 -f webp": {"n": 2, "output_format": "webp"},
@@ -321,9 +320,8 @@ class TestFiles(RequestCase):
         webps = [("webp", webp(8, 8, flavour)) for flavour in ("VP8", "VP8X")]
         for kind, data in (("png", png(8, 8)), ("jpeg", jpeg(8, 8)), *webps):
             for name in ("wrong.svg", "none"):
-                with self.subTest(kind, name=name):
-                    (part,) = self.uploads(self.put(name, data), "x")
-                    self.assertEqual((part.content_type, part.body), (f"image/{kind}", data))
+                (part,) = self.uploads(self.put(name, data), "x")
+                self.assertEqual((part.content_type, part.body), (f"image/{kind}", data))
 
     def test_the_mask_box_is_clear_and_all_else_is_opaque(self) -> None:
         self.put("photo.jpg", jpeg(64, 48))
@@ -453,32 +451,26 @@ REFUSED: dict[str, str] = {
     **rows("generate x --frame-{}", "frame-.*(17|655351)", "count 17", "duration-ms 655351"),
     **rows("generate x --partial-images={}", "partial-images.*(4|-1)", "4", "-1"),
     **rows("generate x --{}", "(timeout.*0|retries.*-1)", "timeout=0", "retries=-1"),
-    # words: the nearest, and the way past the list
     "generate x --quality hgh": "hgh.*high",
     "generate x -f pgn": "pgn.*png",
     "edit a.png x --image-field images": r"images.*image\[\]",
     "genrate x": "genrate.*generate",
-    # no abbreviations, and nothing glued together
     **rows("generate x {} low", "--qual(ty)? .*--quality", "--qualty", "--qual"),
     "generate x -ofox.png": "-ofox.png",
     "generate '-old man'": "-old man.*--",
     "generate x --mask clear.png": "--mask ",
-    # fields that no option knows
     **rows("generate x --param {}", "KEY=VALUE", "quality", "=low", "a..b=1", "'a b=1'"),
     "generate x --param a=1 --param a.b=2": "a.b",
     "edit a.png x --param 'a={\"b[c]\": 1}'": r"b\[c\]",
     **rows("generate x {}", "utf-8|unicode", f"--user {LATIN}", "--param 'user=\"\\ud800\"'"),
-    # what does not go together
     **rows("generate x --background transparent {}", "transparent.*png", "-f jpeg", "-o new.jpg"),
     **rows("edit a.png x --mask a.png {}", "--mask.*--ma", "--markup a.png", "--mask-box 0,0,1,1"),
-    # input files
     **rows("edit {}", "image", "a.png", "--prompt x"),
     **rows("edit {} x", r"\w+ing\.png.*not exist", "missing.png", "a.png --image missing.png"),
     **rows("edit a.png x --{} missing.png", r"missing\.png.*not exist", "mask", "markup"),
     "edit nowhere.png x": r"nowhere\.png.*not exist",
     "edit a.png empty.png x": r"empty\.png.*empty",
     "edit text.png x": r"text\.png.*not.*picture",
-    "edit a.png x --mask folder": "folder.*folder",
     "edit 'new\nline.png' x": "control",
     **rows("edit a.png x --mask-box {}", "mask-box.*64x48", "0,0,65,48", "60,40,4,9"),
     **rows("edit a.png x --mask-box={}", "mask-box", "1,2,3", "0,0,0,5", "-1,0,5,5", "0,0,５,5"),
@@ -516,7 +508,6 @@ UNCERTAIN = {
     "edit a.png x --response-format url": "response_format",
     "edit a.png x --markup clear.png": "markup.*2.5",
     "generate x --background transparent --quality xhigh -m gpt-image-2.5-flare -f webp": "",
-    "generate x --quality max --complexity high -m gpt-image-2.6-flare --moderation low": "",
     "generate x -f gif --frame-count 2 --frame-duration-ms 40": "",
     "generate x -f svg --svg-model gpt-5.5 --svg-effort none -n 1": "",
     "edit a.png x --markup clear.png -m gpt-image-2.5-flare -f jpg --compression 1": "",
@@ -605,6 +596,5 @@ class TestModels(RequestCase):
                     (warning,) = self.warnings(model, provider)
                     self.assertRegex(warning, rf"{model}\b.*{day}.*{successor}")
         for days, count in ((90, 0), (30, 1), (-1, 1)):  # to 2026-12-01
-            with self.subTest(days):
-                found = self.warnings("gpt-image-1.5", now=1796083200 - days * 86400)
-                self.assertEqual(len(found), count)
+            found = self.warnings("gpt-image-1.5", now=1796083200 - days * 86400)
+            self.assertEqual(len(found), count, days)
