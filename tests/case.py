@@ -1,11 +1,9 @@
 """The case that every test stands on: a world of temporary folders, and two ways to run the tool.
 
-    class Examples(Case):
-        def test_saves_the_image(self) -> None:
-            api = self.serve_base(answer(png(8, 8)))
-            run = self.check(self.run_tool("generate", "a fox"), 0)
-            self.assertEqual(run.saved[0].read_bytes(), png(8, 8))
-            self.assertEqual(api.posts[0].json["prompt"], "a fox")
+    api = self.serve_base(answer(png(8, 8)))
+    run = self.check(self.run_tool("generate", "a fox"), 0)
+    self.assertEqual(run.saved[0].read_bytes(), png(8, 8))
+    self.assertEqual(api.posts[0].json["prompt"], "a fox")
 
 `run_tool` calls gpt_image2.main(argv) in this process; `start_tool` starts a child, for tests in
 which a process is the point. Both talk through a real curl to a real socket.
@@ -62,7 +60,6 @@ class Run(NamedTuple):
 
     @property
     def out(self) -> str:
-        """The standard output as text."""
         return decoded(self.raw_out)
 
     @property
@@ -72,7 +69,6 @@ class Run(NamedTuple):
 
     @property
     def json(self) -> Any:
-        """The standard output, which must be one JSON document."""
         return json.loads(self.out)
 
     def __str__(self) -> str:
@@ -99,8 +95,7 @@ class Case(unittest.TestCase):
         self.env.update(XDG_CONFIG_HOME=str(self.config), XDG_STATE_HOME=str(self.state))
         self.servers: list[Api] = []
         self.hurried = False
-        # A file or socket that the tool left open fails the test.
-        warnings.simplefilter("error", ResourceWarning)
+        warnings.simplefilter("error", ResourceWarning)  # what the tool leaves open fails the test
         left_open: list[str] = []
         self.addCleanup(lambda: self.assertEqual(left_open, [], "left open"))
         self.addCleanup(setattr, sys, "unraisablehook", sys.unraisablehook)
@@ -112,8 +107,6 @@ class Case(unittest.TestCase):
         folder = self.tmp / name
         folder.mkdir()
         return folder
-
-    # Servers and settings
 
     def serve(self, *replies: Script, **options: Any) -> Api:
         """Start a server (replies and options: see Api); it is checked when the test ends."""
@@ -137,8 +130,6 @@ class Case(unittest.TestCase):
         path.chmod(0o600)
         return path
 
-    # Running the tool
-
     def run_tool(
         self,
         *argv: Argument,
@@ -156,7 +147,8 @@ class Case(unittest.TestCase):
         if in_child or at_start(wanted) != at_start(clean_environment()):
             return self.finish(self.start_tool(*argv, stdin=stdin, env=env, cwd=cwd))
         words = [os.fspath(word) for word in argv]
-        with tool_process(stdin_bytes(stdin), wanted, cwd or self.work) as (out, err):
+        source = stdin.encode() if isinstance(stdin, str) else stdin or b""
+        with tool_process(source, wanted, cwd or self.work) as (out, err):
             code = gpt_image2.main(words)
         return Run(words, code, out.getvalue(), decoded(err.getvalue()))
 
@@ -170,8 +162,8 @@ class Case(unittest.TestCase):
     ) -> Child[bytes]:
         """Start the tool as a child and leave it running; the test's end kills it.
 
-        `options` go to Popen. The child runs the module, whose bytecode this process has cached;
-        with a launcher or another script it runs the script, which takes 70 ms more.
+        `options` go to Popen. The child runs the module, whose bytecode is cached; with a launcher
+        or another script it runs the script, which takes 70 ms more.
         """
         words = [os.fspath(word) for word in argv]
         wanted, start = self._wanted(env), [str(self.script)]
@@ -180,7 +172,7 @@ class Case(unittest.TestCase):
             path = filter(None, [wanted.get("PYTHONPATH"), str(ROOT)])
             wanted["PYTHONPATH"] = os.pathsep.join(path)
         with tempfile.TemporaryFile() as source:
-            source.write(stdin_bytes(stdin))
+            source.write(stdin.encode() if isinstance(stdin, str) else stdin or b"")
             source.seek(0)
             streams = {"stdin": source, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             command = [*self.launcher, sys.executable, *start, *words]
@@ -210,8 +202,6 @@ class Case(unittest.TestCase):
         folder = self.new_folder("hurry")
         (folder / "sitecustomize.py").write_text(HURRY.format(times=times))
         self.env["PYTHONPATH"], self.hurried = str(folder), True
-
-    # Looking at what came of it
 
     def check(self, run: Run, code: int) -> Run:
         """Assert the exit code, and that there is no traceback; a failure tells the whole story."""
@@ -253,16 +243,15 @@ class SystemCase(Case):
         super().setUp()
         self.heard: dict[int, bytes] = {}
 
-    # Processes
-
     def processes(self, name: str = "") -> list[int]:
         """Return the running processes of this test (of a name): children and their curls."""
         marker = f"XDG_STATE_HOME={self.state}".encode()
-        return [pid for pid in all_processes() if pid != os.getpid() and belongs(pid, marker, name)]
+        pids = {int(path.name) for path in Path("/proc").glob("[0-9]*")} - {os.getpid()}
+        return [pid for pid in pids if belongs(pid, marker, name)]
 
     def the_curl(self) -> int:
         """Return the one curl that this test runs, once it does; skip where nobody can tell."""
-        if not all_processes():
+        if not Path("/proc/self").exists():
             self.skipTest("needs /proc to find curl's process")
         self.wait_until(lambda: len(self.processes("curl")) == 1)
         return self.processes("curl")[0]
@@ -288,16 +277,14 @@ class SystemCase(Case):
         """Let every later run of the tool be started by this line of sh, ending in exec "$@"."""
         self.launcher = ("sh", "-c", line, "sh")
 
-    # Files
-
     def jobs_anywhere(self) -> list[Path]:
         """Return the job folders in the state folder and in its stand-in below TMPDIR."""
         return self.jobs() + sorted((self.tmp / "tmp").glob("gpt-image-2-*/jobs/*"))
 
     def answered(self) -> int:
         """Return how many bytes of answers are in the job folders."""
-        files = [job / "response.json" for job in self.jobs_anywhere()]
-        return sum(file.stat().st_size for file in files if file.exists())
+        files = [path for job in self.jobs_anywhere() for path in job.glob("response.json")]
+        return sum(file.stat().st_size for file in files)
 
     def aged(self, job: Path, days: float) -> Path:
         """Return a job folder made to look so many days old."""
@@ -312,8 +299,6 @@ class SystemCase(Case):
         """Return the files, anywhere in this test's folders, that hold a text."""
         paths = filter(Path.is_file, self.tmp.rglob("*"))
         return [path for path in paths if text.encode() in path.read_bytes()]
-
-    # The system
 
     def small_disk(self, name: str, size: int = 65536) -> Path:
         """Return a folder that is a disk of its own, or skip where that can't be made."""
@@ -349,16 +334,11 @@ class SystemCase(Case):
         """Return a file with a key and a certificate that nobody vouches for."""
         both = self.tmp / "server.pem"
         new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        names = ["-subj", "/CN=localhost", "-keyout", str(both), "-out", str(self.tmp / "crt.pem")]
-        names += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-        self.system("openssl", "req", "-x509", *new_key, *names)
+        names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        files = ["-keyout", str(both), "-out", str(self.tmp / "crt.pem")]
+        self.system("openssl", "req", "-x509", *new_key, *names, *files)
         both.write_bytes(both.read_bytes() + (self.tmp / "crt.pem").read_bytes())
         return both
-
-
-def all_processes() -> list[int]:
-    """Return the ids of all processes, as far as the system has /proc."""
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
 
 
 def belongs(pid: int, marker: bytes, name: str) -> bool:
@@ -373,10 +353,7 @@ def belongs(pid: int, marker: bytes, name: str) -> bool:
 def tool_process(
     stdin: bytes, env: Mapping[str, str], cwd: Argument
 ) -> Iterator[tuple[io.BytesIO, io.BytesIO]]:
-    """Let main() find the world as a process of its own would, and put everything back.
-
-    Yields what is written to standard output and standard error.
-    """
+    """Let main() find the world as a process of its own would; yield its output and errors."""
     if threading.current_thread() is not threading.main_thread():
         raise AssertionError("signal handlers belong to the main thread: use start_tool here")
     names = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -440,11 +417,6 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "LC_ALL": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def stdin_bytes(stdin: str | bytes | None) -> bytes:
-    """Return what a run gets as its standard input."""
-    return stdin.encode() if isinstance(stdin, str) else stdin or b""
-
-
 def decoded(data: bytes) -> str:
     """Return output as text, whatever its bytes."""
     return data.decode("utf-8", "surrogateescape")
@@ -463,14 +435,8 @@ def remove_tree(folder: Path) -> None:
     """Remove a folder, read-only ones in it too, even while a killed tool's curl still writes."""
     for _ in range(3):
         if folder.exists():
-            make_writable(folder)
+            for root, names, _ in os.walk(folder):  # goes into a folder only after this body
+                for path in (Path(root, name) for name in names):
+                    if not path.is_symlink():
+                        path.chmod(0o700)
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def make_writable(folder: Path) -> None:
-    """Give the owner every right to a folder and to those below it."""
-    folder.chmod(0o700)
-    for root, names, _ in os.walk(folder):  # goes into a folder only after this loop's body
-        for path in (Path(root, name) for name in names):
-            if not path.is_symlink():
-                path.chmod(0o700)

@@ -94,12 +94,13 @@ def read_png(data: bytes) -> Png:
         raise ValueError(f"unsupported kind of PNG: {rest}")
     mode = PNG_MODES[colour_type]
     size = CHANNELS[mode]
-    scanlines = unpacked(b"".join(body for kind, body in chunks if kind == b"IDAT"))
+    stream = zlib.decompressobj()
+    scanlines = stream.decompress(b"".join(body for kind, body in chunks if kind == b"IDAT"))
+    if not stream.eof or stream.unused_data:
+        raise ValueError("the pixel data is cut or has a tail")
     stride = 1 + width * size
-    if len(scanlines) != height * stride:
-        raise ValueError(f"{len(scanlines)} bytes of pixels for {width}x{height} {mode}")
-    if any(scanlines[::stride]):
-        raise ValueError("rows with a filter")
+    if len(scanlines) != height * stride or any(scanlines[::stride]):
+        raise ValueError(f"not the pixels of {width}x{height} {mode}, or rows with a filter")
     starts = range(1, len(scanlines), stride)
     return Png(width, height, mode, [scanlines[at : at + stride - 1] for at in starts])
 
@@ -118,15 +119,6 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise ValueError(f"unknown critical chunk {kind!r}")
         yield kind, body
         at += 12 + size
-
-
-def unpacked(data: bytes) -> bytes:
-    """Return what a zlib stream holds; it must end exactly where the data ends."""
-    stream = zlib.decompressobj()
-    result = stream.decompress(data)
-    if not stream.eof or stream.unused_data:
-        raise ValueError("the pixel data is cut or has a tail")
-    return result
 
 
 # ---- JPEG -------------------------------------------------------------------------------------
@@ -163,14 +155,12 @@ def jpeg_scan(blocks: int) -> bytes:
 # ---- WebP, GIF, SVG ---------------------------------------------------------------------------
 
 
-def webp(
-    width: int, height: int, flavour: str = "VP8L", rgb: tuple[int, int, int] = (0, 0, 0)
-) -> bytes:
+def webp(width: int, height: int, flavour: str = "VP8L") -> bytes:
     """Return a WebP whose first chunk is VP8 (lossy, always one colour), VP8L or VP8X."""
     chunks = {
         "VP8": [(b"VP8 ", vp8(width, height))],
-        "VP8L": [(b"VP8L", vp8l(width, height, rgb))],
-        "VP8X": [(b"VP8X", vp8x(width, height)), (b"VP8L", vp8l(width, height, rgb))],
+        "VP8L": [(b"VP8L", vp8l(width, height))],
+        "VP8X": [(b"VP8X", vp8x(width, height)), (b"VP8L", vp8l(width, height))],
     }[flavour]
     body = b"WEBP" + b"".join(riff_chunk(kind, data) for kind, data in chunks)
     return riff_chunk(b"RIFF", body)
@@ -193,13 +183,12 @@ def vp8(width: int, height: int) -> bytes:
     return head + struct.pack("<HH", width, height) + bytes(2 * size)
 
 
-def vp8l(width: int, height: int, rgb: tuple[int, int, int]) -> bytes:
-    """Return a VP8L stream of one colour: five codes of one symbol each, so pixels take no bits."""
-    red, green, blue = rgb
+def vp8l(width: int, height: int) -> bytes:
+    """Return a black VP8L stream: five codes of one symbol each, so pixels take no bits."""
     bits, at = 0, 0
     head = [(width - 1, 14), (height - 1, 14), (0, 4)]  # 0: no alpha, version 0
     plain = [(0, 3)]  # no transform, no colour cache, no meta codes
-    codes = [(1 | 1 << 2 | symbol << 3, 11) for symbol in (green, red, blue, 255)]
+    codes = [(1 | 1 << 2 | symbol << 3, 11) for symbol in (0, 0, 0, 255)]
     for value, length in [*head, *plain, *codes, (1, 4)]:
         bits |= value << at
         at += length
@@ -219,8 +208,8 @@ def gif(width: int, height: int, *, frames: int = 1) -> bytes:
     return b"GIF89a" + screen + frame * frames + b"\x3b"
 
 
-def svg(width: int, height: int, fill: str = "#c85028") -> bytes:
+def svg(width: int, height: int) -> bytes:
     """Return an SVG with one filled rectangle."""
     sides = f'width="{width}" height="{height}"'
     start = f'<svg xmlns="http://www.w3.org/2000/svg" {sides} viewBox="0 0 {width} {height}">'
-    return f'{start}<rect {sides} fill="{fill}"/></svg>\n'.encode()
+    return f'{start}<rect {sides} fill="#c85028"/></svg>\n'.encode()

@@ -8,13 +8,12 @@ import os
 import re
 import shlex
 import subprocess
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 from unittest import mock
 
 from tests.case import Argument, Case, Run
-from tests.pictures import gif, jpeg, png, read_png, svg, webp
+from tests.pictures import gif, jpeg, png, read_png, webp
 from tests.server import KEY, Part, Reply, Request, answer
 
 PICTURE = png(1024, 1024)
@@ -44,18 +43,6 @@ def as_many_as_asked(request: Request) -> Reply:
 def spelled(value: Any) -> str:
     """Return JSON as text, in which 1, 1.0, true and "1" are four different things."""
     return json.dumps(value, sort_keys=True)
-
-
-def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Return dotted names as JSON nests them."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        *path, last = name.split(".")
-        place = result
-        for step in path:
-            place = place.setdefault(step, {})
-        place[last] = value
-    return result
 
 
 def in_a_form(values: dict[str, Any]) -> dict[str, str]:
@@ -96,7 +83,7 @@ class RequestCase(Case):
         self.assertEqual((request.method, request.target), ("POST", f"/v1/images/{endpoint}"))
         values = {"model": "gpt-image-2", "prompt": "a fox", **values}
         if endpoint == "generations":
-            self.assertEqual(spelled(request.json), spelled(nested(values)))
+            self.assertEqual(spelled(request.json), spelled(values))
         else:
             wanted = in_a_form({"size": "auto", **values})
             self.assertEqual((request.fields, len(request.parts)), (wanted, len(wanted) + 1))
@@ -140,26 +127,19 @@ class TestPrompts(RequestCase):
     """Every prompt arrives byte for byte, whichever way it comes."""
 
     def test_each_way_for_a_prompt(self) -> None:
-        self.put("bom.txt", "\ufeff日本 🦊\n".encode())
-        self.put("lines.txt", b"a\n\nb\n\n")
-        self.put("form.txt", b"<a fox>")
+        self.put("bom.txt", "\ufeff<日本 🦊>\n".encode())
         table: list[tuple[list[str], str, str]] = [
             # wherever it stands among the options
-            (["FOX", "--quality", "low", "--json"], "", "FOX"),
             (["--force", "FOX", "--quality", "low"], "", "FOX"),
-            (["--quality", "low", "--force", "--", "FOX"], "", "FOX"),
             # dash-led ones go after two dashes, or an equals sign
             (["--quality", "low", "--", "-5 degrees, --sandbox"], "", "-5 degrees, --sandbox"),
             (["--prompt=--help"], "", "--help"),
             (["--", "--"], "", "--"),
             # from a file or standard input one newline and a BOM are cut
-            (["-"], "\ufeffa fox\n", "a fox"),
+            (["-"], "\ufeff;a fox\n", ";a fox"),
             (["-", "--quality", "low"], " a\r\nfox\n\n", " a\r\nfox\n"),
             (["--quality", "low", "-"], "a fox\r\n", "a fox"),
-            (["-"], ";from stdin", ";from stdin"),
-            (["--prompt-file", "bom.txt"], "", "日本 🦊"),
-            (["--prompt-file", "lines.txt"], "", "a\n\nb\n"),
-            (["--prompt-file", "form.txt"], "", "<a fox>"),
+            (["--prompt-file", "bom.txt"], "", "<日本 🦊>"),
             # from the option nothing is
             (["--prompt", "\ufeffa fox\n"], "", "\ufeffa fox\n"),
             *((["--", text], "", text) for text in HOSTILE_TEXTS),
@@ -177,11 +157,9 @@ class TestPrompts(RequestCase):
 
     def test_the_last_word_of_an_edit_is_the_prompt_and_all_before_it_are_images(self) -> None:
         for line, bodies in (
-            ("a.png b.png c.png FOX", [ONE, TWO, THREE]),
             ("FOX --input-image=a.png --image b.png", [ONE, TWO]),
             ("--image c.png a.png b.png FOX", [ONE, TWO, THREE]),
             ("a.png --quality low b.png --force FOX -n 1", [ONE, TWO]),
-            ("--prompt FOX a.png b.png", [ONE, TWO]),
             ("a.png --prompt FOX --image b.png", [ONE, TWO]),
             ("a.png -- b.png FOX", [ONE, TWO]),
         ):
@@ -191,15 +169,13 @@ class TestPrompts(RequestCase):
                 self.assertEqual([part.body for part in request.uploads], bodies)
 
 
-# ---- Fields -----------------------------------------------------------------------------------
-
 # What OpenAI's own package knows: each endpoint's fields with their values.
-RECORD = json.loads((Path(__file__).parent / "data" / "sdk_fields.json").read_text("utf-8"))
-SDK_FIELDS = RECORD["endpoints"]
+SDK_RECORD = Path(__file__).parent / "data" / "sdk_fields.json"
+SDK_FIELDS = json.loads(SDK_RECORD.read_text("utf-8"))["endpoints"]
 
 # Fields that are no option with a value, and what went with DALL-E, which only --param sends.
 OTHERWISE = {"prompt", "image", "mask", "markup", "style"}
-RETIRED_VALUES = {"quality": {"hd", "standard"}, "size": {"256x256", "512x512"}}
+RETIRED_VALUES = {"hd", "standard", "256x256", "512x512"}
 # Sources disagree whether edits take it.
 DISPUTED = {"edits": {"moderation"}, "generations": set()}
 
@@ -227,21 +203,6 @@ EXAMPLES: dict[str, tuple[str, str, Any]] = {
 }
 
 
-def optional_fields(endpoint: str) -> list[str]:
-    """Return the fields that an endpoint has options for."""
-    return sorted((set(SDK_FIELDS[endpoint]) | DISPUTED[endpoint]) - OTHERWISE)
-
-
-def rows_of_values(endpoint: str) -> Iterator[dict[str, Any]]:
-    """Yield values of many fields at once, until each value of the SDK's lists was among them."""
-    columns = []
-    for name in sorted(set(optional_fields(endpoint)) & set(SDK_FIELDS[endpoint]) - {"stream"}):
-        values = set(SDK_FIELDS[endpoint][name]["values"]) - RETIRED_VALUES.get(name, set())
-        columns.append([(name, value) for value in sorted(values)])
-    for row in zip_longest(*columns):
-        yield dict(pair for pair in row if pair)
-
-
 def params(*pairs: str) -> list[str]:
     """Return --param options."""
     return [word for pair in pairs for word in ("--param", pair)]
@@ -253,39 +214,45 @@ class TestFields(RequestCase):
     def test_all_fields_at_once_arrive_with_their_types(self) -> None:
         for endpoint in STARTS:
             with self.subTest(endpoint):
-                names = optional_fields(endpoint)
+                names = sorted((set(SDK_FIELDS[endpoint]) | DISPUTED[endpoint]) - OTHERWISE)
                 argv = [word for name in names for word in EXAMPLES[name][:2] if word]
-                self.assert_sends(endpoint, argv, {name: EXAMPLES[name][2] for name in names})
+                values = {name: EXAMPLES[name][2] for name in names}
+                if endpoint == "generations":
+                    effort = values.pop("svg.reasoning.effort")
+                    values["svg"] = {
+                        "model": values.pop("svg.model"),
+                        "reasoning": {"effort": effort},
+                    }
+                self.assert_sends(endpoint, argv, values)
 
     def test_every_value_that_the_sdk_knows_is_taken(self) -> None:
-        for endpoint in STARTS:
-            for values in rows_of_values(endpoint):
-                pairs = [(EXAMPLES[name][0], value) for name, value in values.items()]
-                with self.subTest(endpoint, values=values):
-                    self.assert_sends(endpoint, [word for pair in pairs for word in pair], values)
+        for endpoint, start in STARTS.items():
+            for name in set(SDK_FIELDS[endpoint]) - OTHERWISE - {"stream"}:
+                for value in set(SDK_FIELDS[endpoint][name]["values"]) - RETIRED_VALUES:
+                    with self.subTest(endpoint, name=name, value=value):
+                        line = shlex.join([*start, EXAMPLES[name][0], value])
+                        self.assertIn(f'"{value}"', spelled(self.planned(line)["dry_run"]))
 
     def test_spellings(self) -> None:
         table: dict[str, dict[str, Any]] = {
             "-m my-own -s 1536x1024": {"model": "my-own", "size": "1536x1024"},
-            "--size auto --quality auto": {"size": "auto", "quality": "auto"},
             "--size=Story@2k --n=1": {"size": "1152x2048", "n": 1},
             "-s 1920x1080 --nearest-size": {"size": "1920x1088"},
             "-n 2 -f webp": {"n": 2, "output_format": "webp"},
             "-f jpg --compression 0": {"output_format": "jpeg", "output_compression": 0},
             "--partial-images 0": {"stream": True, "partial_images": 0},
+            "--param size=1024x1024": {"size": "1024x1024"},  # in the place of an edit's auto
+            "--force -o a.jpg": {"output_format": "jpeg"},
+            "--force -o A.WEBP": {"output_format": "webp"},
+            "--force -o a.jpg -f svg": {"output_format": "svg"},
+            "--force -o a.txt": {},
         }
         for options, values in table.items():
             for endpoint in STARTS:
                 with self.subTest(options, endpoint=endpoint):
                     self.assert_sends(endpoint, options.split(), values)
-
-    def test_the_suffix_of_the_output_asks_for_the_format(self) -> None:
-        table = {"a.jpg": "jpeg", "b.jpeg": "jpeg", "A.WEBP": "webp", "a.gif": "gif"}
-        others = {"a.svg": "svg", "c.jpg -f webp": "webp", "a.txt": None, "my.fox/a": None}
-        for words, wanted in {**table, **others}.items():
-            with self.subTest(words):
-                body = self.sent("generate", "x", "-o", *words.split()).json
-                self.assertEqual(body.get("output_format"), wanted)
+        self.configure(size="2K")
+        self.assert_sends("edits", [], {"size": "2048x2048"})
 
     def test_param_values_are_json_where_they_parse_as_json(self) -> None:
         parsed = ("2", "-0.5", "9" * 20, "true", "null", '"2"', "[1, {}]", '{"a": "é"}')
@@ -297,16 +264,14 @@ class TestFields(RequestCase):
 
     def test_params_are_spelled_as_forms_spell_them(self) -> None:
         table: dict[str, list[tuple[str, str]]] = {
-            "whole=2": [("whole", "2")],
             "yes=true": [("yes", "true")],
-            "text=@/etc/hostname": [("text", "@/etc/hostname")],
             "form=<a;type=text/html": [("form", "<a;type=text/html")],
+            "text=@/etc/hostname": [("text", "@/etc/hostname")],
             "quotes=q\"uo\\te,'": [("quotes", "q\"uo\\te,'")],
             'lines="a\\r\\nb"': [("lines", "a\r\nb")],
             "tags=[1, [true]]": [("tags[]", "1"), ("tags[][]", "true")],
             'object={"a": {"b": "é"}}': [("object[a][b]", "é")],
             "dot.ted.c=1": [("dot[ted][c]", "1")],
-            "long=" + "x" * 5000: [("long", "x" * 5000)],
         }
         base = [("model", "gpt-image-2"), ("prompt", "x"), ("size", "auto")]
         parts = self.sent("edit", "a.png", "x", *params(*table)).parts
@@ -318,10 +283,9 @@ class TestFields(RequestCase):
         table: list[tuple[list[str], dict[str, Any]]] = [
             (params("a.b.c=1", "a.d=x"), {"a": {"b": {"c": 1}, "d": "x"}}),
             (params("svg.model=m", "model=other"), {"svg": {"model": "m"}, "model": "other"}),
-            (params("quality=ultra", "size=512x512"), {"quality": "ultra", "size": "512x512"}),
             (["--quality", "low", *params("quality=high")], {"quality": "high"}),
             (["--svg-model", "m", *params("svg={}")], {"svg": {}}),
-            (params("style=vivid", "quality=hd"), {"style": "vivid", "quality": "hd"}),
+            (params("style=vivid", "size=512x512"), {"style": "vivid", "size": "512x512"}),
         ]
         for argv, values in table:
             with self.subTest(argv):
@@ -330,14 +294,6 @@ class TestFields(RequestCase):
     def test_a_param_counts_as_the_number_of_pictures_too(self) -> None:
         run = self.check(self.run_tool("generate", "x", *params("n=2"), "-o", "fox.png"), 0)
         self.assertEqual([path.name for path in run.saved], ["fox-1.png", "fox-2.png"])
-
-    def test_a_size_told_takes_the_place_of_an_edits_auto(self) -> None:
-        for argv in (["-s", "1:1"], params("size=1024x1024"), ["--size=1024x1024"]):
-            with self.subTest(argv):
-                request = self.sent("edit", "a.png", "x", *argv)
-                self.assertEqual(request.fields["size"], "1024x1024")
-        self.configure(size="2K")
-        self.assertEqual(self.sent("edit", "a.png", "x").fields["size"], "2048x2048")
 
 
 class TestFiles(RequestCase):
@@ -348,8 +304,7 @@ class TestFiles(RequestCase):
         for option, images, field in (
             ("", "a.png", "image"),
             ("", "b.png a.png c.png", "image[]"),
-            ("", "a.png a.png", "image[]"),
-            ("--image-field auto", "a.png", "image"),
+            ("--image-field auto", "a.png a.png", "image[]"),
             ("--image-field image[]", "a.png", "image[]"),
             ("--image-field=image", "a.png b.png", "image"),
             ("--provider openai", " ".join(many), "image[]"),
@@ -365,9 +320,8 @@ class TestFiles(RequestCase):
         webps = [("webp", webp(8, 8, flavour)) for flavour in ("VP8", "VP8X")]
         for kind, data in (("png", png(8, 8)), ("jpeg", jpeg(8, 8)), *webps):
             for name in ("wrong.svg", "none"):
-                with self.subTest(kind, name=name):
-                    (part,) = self.uploads(self.put(name, data), "x")
-                    self.assertEqual((part.content_type, part.body), (f"image/{kind}", data))
+                (part,) = self.uploads(self.put(name, data), "x")
+                self.assertEqual((part.content_type, part.body), (f"image/{kind}", data))
 
     def test_the_mask_box_is_clear_and_all_else_is_opaque(self) -> None:
         self.put("photo.jpg", jpeg(64, 48))
@@ -387,10 +341,9 @@ class TestFiles(RequestCase):
         folder = self.work / 'od;d "folder", really'
         folder.mkdir()
         for name in (
-            *("kitten;type=text(html).png", "kitten;filename=evil,b.png"),
+            *("kitten;type=text(html).png", "kitten;filename=evil,b.png", "@kitten.png"),
             *('kitten "quoted" one.png', "kitten\\back\\slash.png", "kätzchen 日本 🦊.png"),
-            *("kitten 'single' $HOME `id` *.png", "kitten[1-3]{a,b}%41#?.png"),
-            *("@kitten.png", "<kitten.png", "=kitten.png"),
+            *("kitten 'single' $HOME `id` *.png", "kitten[1-3]{a,b}%41#?.png", "<kitten.png"),
             os.fsdecode(b"kitten-\xe9\xff.png"),
         ):
             with contextlib.suppress(OSError):  # from a file system that takes only UTF-8
@@ -400,17 +353,11 @@ class TestFiles(RequestCase):
                         request = self.sent("edit", "c.png", "x", option, folder / name)
                         fields = ["image[]"] * 2 if option == "--image" else ["image", option[2:]]
                         self.assertEqual([part.name for part in request.uploads], fields)
-                        self.assert_private(name, request)
-
-    def assert_private(self, name: str, request: Request) -> None:
-        """Assert that a file is sent whole, and nothing of its name or of another's."""
-        self.assertEqual({part.content_type for part in request.uploads}, {"image/png"})
-        self.assertEqual([part.body for part in request.uploads], [THREE, CLEAR])
-        for part in request.uploads:
-            self.assertRegex(part.filename or "", r"^(image|mask|markup)(-\d+)?\.png$")
-        rest = request.body.replace(THREE, b"").replace(CLEAR, b"")
-        for local in (Path(name).stem, "really", str(self.work)):
-            self.assertNotIn(os.fsencode(local), rest)
+                        sent = [(part.content_type, part.body) for part in request.uploads]
+                        self.assertEqual(sent, [("image/png", THREE), ("image/png", CLEAR)])
+                        rest = request.body.replace(THREE, b"").replace(CLEAR, b"")
+                        for local in (Path(name).stem, "really", str(self.work)):
+                            self.assertNotIn(os.fsencode(local), rest)
 
     def test_a_dash_led_name_and_a_link(self) -> None:
         self.put("-kitten.png", THREE)
@@ -418,10 +365,6 @@ class TestFiles(RequestCase):
         for line in ("-- -kitten.png x", "./-kitten.png x", "x --image=-kitten.png", "link x"):
             with self.subTest(line):
                 self.assertEqual([part.body for part in self.uploads(*line.split())], [THREE])
-
-    def test_force_may_replace_the_picture_itself(self) -> None:
-        (image,) = self.uploads("a.png", "x", "-o", "a.png", "--force")
-        self.assertEqual((image.body, (self.work / "a.png").read_bytes()), (ONE, PICTURE))
 
 
 class TestDryRun(RequestCase):
@@ -465,21 +408,13 @@ class TestDryRun(RequestCase):
                 self.assertEqual(shown["files"], parts)
                 self.assertEqual([p for p in shown["paths"] if not os.path.exists(p)], [])
 
-    def test_the_text_names_endpoint_fields_files_and_paths(self) -> None:
-        out = self.dry_run(*self.generate).out
-        for fact in ("/v1/images/generations", "gpt-image-2", "1152x2048", "webp", "estimate"):
-            self.assertIn(fact, out)
-        for name in ("new/fox-1.webp", "new/fox-2.webp"):
-            self.assertIn(str(self.work / name), out)
-        out = self.dry_run("edit", "a.png", "x", "--mask", "clear.png", "-o", "-").out
-        for fact in ("/v1/images/edits", str(self.work / "a.png"), str(self.work / "clear.png")):
-            self.assertIn(fact, out)
-
     def test_the_verbose_curl_line_can_be_pasted(self) -> None:
         """The line, with the key from the environment, sends what the tool sends."""
-        for argv in (self.generate, self.edit):
+        for argv, name in ((self.generate, "new/fox-2.webp"), (self.edit, "fox.svg")):
             with self.subTest(argv[0]):
                 run = self.dry_run(*argv, "--verbose")
+                for fact in ("/v1/images/", "gpt-image-2", "estimate", str(self.work / name)):
+                    self.assertIn(fact, run.out.partition("curl -q")[0])
                 line = re.search(r"(?ms)^(printf %s \S+ \| base64 -d \| )?curl -q .*", run.out)
                 assert line, self.story(run)
                 self.assertIn("$GPT_IMAGE2_API_KEY", line[0])
@@ -493,9 +428,6 @@ class TestDryRun(RequestCase):
                     self.assertEqual(found.partition(";")[0], wanted.partition(";")[0])
 
 
-# ---- Refusals and warnings --------------------------------------------------------------------
-
-
 def rows(line: str, phrase: str, *words: str) -> dict[str, str]:
     """Return a row of a table below for each of these words in the place of {}."""
     return {line.replace("{}", word): phrase for word in words}
@@ -506,56 +438,39 @@ REFUSED: dict[str, str] = {
     **rows("{}", "no prompt", "generate", "edit --quality low"),
     # the dash is standard input, with nothing in it
     **rows("generate {}", "prompt.*empty", "''", "' \n\t\u3000'", "-", "--prompt="),
-    **rows("{}", "prompt.*empty", "generate --prompt-file blank.txt", "edit a.png ''"),
+    "edit a.png ''": "prompt.*empty",
     "generate --prompt-file nul.txt": "nul",
     **rows("generate {}", "utf-8", "--prompt-file latin.txt", LATIN),
     "generate --prompt-file huge.txt": "1,?048,?576",
     "generate --prompt-file missing.txt": "missing.txt",
-    "generate --prompt-file folder": "folder.*directory",
     "generate two words": "prompt.*quotes",
     **rows("generate 'a fox' {}", "prompt", "--prompt 'a cat'", "--prompt-file a.txt"),
-    "generate --prompt a --prompt-file a.txt": "--prompt.*--prompt-file",
     # numbers: ASCII digits in a range, nothing else
-    **rows("generate x --n={}", r"-n\b.*(0|11).*1\D+10", "0", "11"),
-    **rows("generate x --n={}", r"-n\b.*1\D+10", "-1", "1_0", "３", "+3", "1.0"),
-    "generate x -n": "-n.*(argument|value)",
+    **rows("generate x --n={}", r"-n\b.*1\D+10", "0", "11", "-1", "1_0", "３", "+3", "1.0"),
     "generate x -f jpg --compression 101": "compression.*101",
     **rows("generate x --frame-{}", "frame-.*(17|655351)", "count 17", "duration-ms 655351"),
     **rows("generate x --partial-images={}", "partial-images.*(4|-1)", "4", "-1"),
     **rows("generate x --{}", "(timeout.*0|retries.*-1)", "timeout=0", "retries=-1"),
-    # words: the nearest, and the way past the list
     "generate x --quality hgh": "hgh.*high",
-    "edit a.png x --quality LOW": "LOW.*low",
     "generate x -f pgn": "pgn.*png",
-    "generate x --svg-effort maximum": "maximum.*max",
-    "generate x --provider opnai": "opnai.*openai",
     "edit a.png x --image-field images": r"images.*image\[\]",
-    "edit a.png x -s storry": "storry.*story",
-    "generate x --size=": "size",
     "genrate x": "genrate.*generate",
-    # no abbreviations, and nothing glued together
     **rows("generate x {} low", "--qual(ty)? .*--quality", "--qualty", "--qual"),
     "generate x -ofox.png": "-ofox.png",
     "generate '-old man'": "-old man.*--",
     "generate x --mask clear.png": "--mask ",
-    "generate x --quality": "--quality",
-    "generate x --bogus --json": "--bogus",
-    # fields that no option knows
     **rows("generate x --param {}", "KEY=VALUE", "quality", "=low", "a..b=1", "'a b=1'"),
     "generate x --param a=1 --param a.b=2": "a.b",
     "edit a.png x --param 'a={\"b[c]\": 1}'": r"b\[c\]",
     **rows("generate x {}", "utf-8|unicode", f"--user {LATIN}", "--param 'user=\"\\ud800\"'"),
-    # what does not go together
     **rows("generate x --background transparent {}", "transparent.*png", "-f jpeg", "-o new.jpg"),
     **rows("edit a.png x --mask a.png {}", "--mask.*--ma", "--markup a.png", "--mask-box 0,0,1,1"),
-    # input files
     **rows("edit {}", "image", "a.png", "--prompt x"),
     **rows("edit {} x", r"\w+ing\.png.*not exist", "missing.png", "a.png --image missing.png"),
     **rows("edit a.png x --{} missing.png", r"missing\.png.*not exist", "mask", "markup"),
     "edit nowhere.png x": r"nowhere\.png.*not exist",
     "edit a.png empty.png x": r"empty\.png.*empty",
     "edit text.png x": r"text\.png.*not.*picture",
-    "edit a.png x --mask folder": "folder.*folder",
     "edit 'new\nline.png' x": "control",
     **rows("edit a.png x --mask-box {}", "mask-box.*64x48", "0,0,65,48", "60,40,4,9"),
     **rows("edit a.png x --mask-box={}", "mask-box", "1,2,3", "0,0,0,5", "-1,0,5,5", "0,0,５,5"),
@@ -565,8 +480,7 @@ REFUSED: dict[str, str] = {
 CERTAIN_AT_OPENAI = {
     "generate --prompt-file long.txt": "32,?001.*32,?000",
     **rows("generate x --background transparent -f {}", "transparent", "gif", "svg"),
-    **rows("generate x -f gif {}", "gif.*stream", "--stream", "--partial-images 0"),
-    "generate x -f svg --stream": "svg.*stream",
+    **rows("generate x -f {}", "(gif|svg).*stream", "gif --partial-images 0", "svg --stream"),
     **rows("generate x {}--compression 50", "compression", "", "-f png ", "-f gif "),
     **rows("generate x {}", "gif", "--frame-count 3", "-f webp --frame-duration-ms 200"),
     **rows("generate x {}", "svg", "--svg-effort low", "-f png --svg-model m", "-f svg -n 2"),
@@ -574,14 +488,13 @@ CERTAIN_AT_OPENAI = {
     "generate x -m gpt-image-1.5 -s 2K": "2048x2048.*1024x1024",
     **rows("edit a.png x -f gif {}", "gif.*mask", "--mask clear.png", "--mask-box 1,1,8,8"),
     "edit a.png x --input-fidelity high": "input.fidelity",
-    "edit a.png x --input-fidelity low -m gpt-image-2.5-sunburst": "input.fidelity",
-    "edit a.png x --input-fidelity high -m gpt-image-2.6-flare": "input.fidelity",
+    "edit a.png x --input-fidelity low -m gpt-image-2.6-flare": "input.fidelity",
     "edit a.png x --input-fidelity high -m gpt-image-1-mini": "low",
     "edit " + "a.png " * 17 + "x": "17.*16",
-    **rows("edit a.png x --mask {}", r"a\.(pn|jp)g.*(alpha|transparen)", "a.png", "a.jpg"),
+    "edit a.png x --mask a.png": r"a\.png.*(alpha|transparen)",
     "edit a.png x --markup a.png -m gpt-image-2.6-flare": r"a\.png.*(alpha|transparen)",
     "edit a.png x --mask other.png": r"other\.png.*48x64.*64x48",
-    **rows("edit {} x", r"a\.(gif|svg).*(gif|svg)", "a.gif", "a.png a.svg"),
+    "edit a.gif x": r"a\.gif.*gif",
 }
 
 # What OpenAI only may refuse, with the one warning that goes with it; what it takes has none.
@@ -590,18 +503,14 @@ UNCERTAIN = {
     **rows("generate x --quality {}", "xhigh|max", "xhigh", "max"),
     **rows("generate x --complexity low{}", "complexity.*2.6", "", " -m gpt-image-2.5-flare"),
     "generate x -m gpt-image-3 --quality max --complexity low": "not in the table",
-    **rows(
-        "edit a.png x --{}", "moderation|response_format", "moderation low", "response-format url"
-    ),
+    "generate x -m gpt-image-2.6-flair": "gpt-image-2.6-flair.*gpt-image-2.6-flare",
+    "edit a.png x --moderation low": "moderation",
+    "edit a.png x --response-format url": "response_format",
     "edit a.png x --markup clear.png": "markup.*2.5",
     "generate x --background transparent --quality xhigh -m gpt-image-2.5-flare -f webp": "",
-    "generate x --quality max --complexity high -m gpt-image-2.6-flare --moderation low": "",
     "generate x -f gif --frame-count 2 --frame-duration-ms 40": "",
     "generate x -f svg --svg-model gpt-5.5 --svg-effort none -n 1": "",
-    "generate x -f jpg --compression 1 --stream": "",
     "edit a.png x --markup clear.png -m gpt-image-2.5-flare -f jpg --compression 1": "",
-    "edit a.png x --mask clear.png --background opaque -n 10": "",
-    "edit " + "a.png " * 16 + "x": "",
 }
 
 
@@ -611,9 +520,8 @@ class TestRules(RequestCase):
     def setUp(self) -> None:
         super().setUp()
         for name, data in (
-            *(("a.jpg", jpeg(64, 48)), ("a.gif", gif(64, 48)), ("a.svg", svg(64, 48))),
-            *(("other.png", png(48, 64, hole=(0, 0, 8, 8))), ("text.png", b"just words\n")),
-            *(("a.txt", b"a fox"), ("empty.png", b""), ("blank.txt", b" \n\n")),
+            *(("a.gif", gif(64, 48)), ("other.png", png(48, 64, hole=(0, 0, 8, 8)))),
+            *(("text.png", b"just words\n"), ("a.txt", b"a fox"), ("empty.png", b"")),
             *(("latin.txt", b"caf\xe9"), ("nul.txt", b"a\0b"), ("long.txt", b"x" * 32_001)),
             ("huge.txt", b"x" * (1 << 20) + b"x"),
         ):
@@ -674,9 +582,9 @@ class TestModels(RequestCase):
 
     def test_living_models_go_without_a_word(self) -> None:
         self.assertIn("gpt-image-2", self.living)
-        relays = [(f"gpt-image-2-{name}", "nodekey") for name in ("vip", "1k", "2k", "4k")]
-        own = [("my-deployment", "azure")]  # which names its models itself
-        for model, provider in [*((model, "openai") for model in self.living), *relays, *own]:
+        others = {"gpt-image-2-vip": "nodekey", "gpt-image-2-4k": "nodekey"}
+        others["my-deployment"] = "azure"  # which names its models itself
+        for model, provider in {**dict.fromkeys(self.living, "openai"), **others}.items():
             with self.subTest(model):
                 self.assertEqual(self.warnings(model, provider), [])
 
@@ -688,10 +596,5 @@ class TestModels(RequestCase):
                     (warning,) = self.warnings(model, provider)
                     self.assertRegex(warning, rf"{model}\b.*{day}.*{successor}")
         for days, count in ((90, 0), (30, 1), (-1, 1)):  # to 2026-12-01
-            with self.subTest(days):
-                found = self.warnings("gpt-image-1.5", now=1796083200 - days * 86400)
-                self.assertEqual(len(found), count)
-
-    def test_a_model_that_is_not_in_the_table_names_the_nearest(self) -> None:
-        (warning,) = self.warnings("gpt-image-2.6-flair")
-        self.assertRegex(warning, "gpt-image-2.6-flair.*gpt-image-2.6-flare")
+            found = self.warnings("gpt-image-1.5", now=1796083200 - days * 86400)
+            self.assertEqual(len(found), count, days)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import random
-import re
 import tempfile
 import unittest
 from email.utils import formatdate
-from math import log
 from pathlib import Path
-from typing import IO, Any, Iterator
+from typing import Any
 from unittest import mock
 
 import gpt_image2 as tool
@@ -34,7 +31,6 @@ TABLE = """
     21:9 exclusive  1344x576  2016x864  3808x1632
 """
 ROWS = [line.split() for line in TABLE.strip().splitlines()]
-AREAS = {"1K": 1024**2, "2K": 2048**2, "4K": 8_294_400}
 
 
 def is_legal(width: int, height: int) -> bool:
@@ -44,10 +40,6 @@ def is_legal(width: int, height: int) -> bool:
     return in_steps and in_shape and 655_360 <= width * height <= 8_294_400
 
 
-GRID = [(width, height) for width in range(0, 4000, 16) for height in range(0, 4000, 16)]
-LEGAL = [size for size in GRID if is_legal(*size)]
-
-
 def pixels(text: str) -> tuple[int, int]:
     """Return WIDTHxHEIGHT as numbers."""
     width, height = text.split("x")
@@ -55,75 +47,54 @@ def pixels(text: str) -> tuple[int, int]:
 
 
 class TestSpellings(unittest.TestCase):
-    """From what a person types to pixels."""
+    """From what a person types to pixels, the flexible rule, and the nearest legal size."""
 
-    def test_the_thirty_named_sizes(self) -> None:
+    def test_the_thirty_named_sizes_and_others(self) -> None:
         for ratio, name, *sizes in ROWS:
-            for tier, size in zip(AREAS, sizes):
+            for tier, size in zip(("1K", "2K", "4K"), sizes):
                 self.assertTrue(is_legal(*pixels(size)), size)
                 for spelling in (f"{name}@{tier}", f"{ratio}@{tier}", size):
-                    with self.subTest(spelling):
-                        self.assertEqual(tool.parse_size(spelling), pixels(size))
-                        self.assertEqual(tool.parse_size(spelling.swapcase()), pixels(size))
+                    self.assertEqual(tool.parse_size(spelling), pixels(size))
+                    self.assertEqual(tool.parse_size(spelling.swapcase()), pixels(size))
             self.assertEqual(tool.parse_size(name), pixels(sizes[0]))  # without a tier
             self.assertEqual(tool.parse_size(ratio), pixels(sizes[0]))
-
-    def test_other_spellings(self) -> None:
-        for spelling, size in (
-            *((f"1536{sign}1024", (1536, 1024)) for sign in "xX×*"),
-            *(("1K", (1024, 1024)), ("2k", (2048, 2048)), ("4K", (2880, 2880))),
-            *(("auto", None), ("AUTO", None)),
-            # multiples of a row's ratio are that row
-            *(("32:18@2K", (2048, 1152)), ("7:3", (1344, 576))),
+        self.assertIsNone(tool.parse_size("AUTO"))
+        for spelling, text in (
+            *(("1536×1024", "1536x1024"), ("1536*1024", "1536x1024"), ("1K", "1024x1024")),
+            *(("2k", "2048x2048"), ("4K", "2880x2880")),
+            *(("32:18@2K", "2048x1152"), ("7:3", "1344x576")),  # multiples of a row's ratio
         ):
-            with self.subTest(spelling):
-                self.assertEqual(tool.parse_size(spelling), size)
+            self.assertEqual(tool.parse_size(spelling), pixels(text), spelling)
 
     def test_what_is_no_size(self) -> None:
         for spelling in (
-            *("", " ", "big", "x", "1024", "1024x", "x1024", "1024x1024x1024", "-16x16", "+16x16"),
+            *("", " ", "big", "1024", "1024x", "x1024", "1024x1024x1024", "-16x16", "+16x16", "8K"),
             *("1_024x1024", "１０２４x1024", "1024.0x1024", "1e3x1e3", "1024px", "0x400h", "1024:"),
-            *("8K", "0K", "@2K", "story@", "story@8K", "auto@2K", "2K@2K", "story@2K@2K", "16:9@"),
-            *("0:1", "1:0", ":", "16:9:4", "-1:1", "1.5:1", "1024x1024@2K", "story 2K", "a\nb"),
+            *("@2K", "story@", "story@8K", "auto@2K", "2K@2K", "story@2K@2K", "0:1", "1:0", ":"),
         ):
             with self.subTest(spelling), self.assertRaises(ValueError):
                 tool.parse_size(spelling)
 
     def test_ratios_that_are_not_in_the_table(self) -> None:
         """Within one percent of the ratio the nearest area, else the nearest ratio."""
-        for spelling in ("7:5@1K", "2:1@2K", "1:3@4K", "13:11@1K"):
-            with self.subTest(spelling):
-                ratio, tier = spelling.split("@")
-                across, down = map(int, ratio.split(":"))
-                close = [s for s in LEGAL if abs(s[0] / s[1] * down / across - 1) <= 0.01]
-                gaps = {size: abs(log(size[0] * size[1] / AREAS[tier])) for size in close}
-                size = tool.parse_size(spelling)
-                assert size
-                self.assertAlmostEqual(gaps[size], min(gaps.values()))
-        size = tool.parse_size("4:1@2K")
-        assert size
-        self.assertEqual((size[0], is_legal(*size)), (3 * size[1], True))
-
-
-class TestRule(unittest.TestCase):
-    """The flexible rule, and the legal size that is nearest."""
+        for spelling, text in (
+            *(("7:5@1K", "1216x864"), ("2:1@2K", "2896x1456"), ("1:3@4K", "1280x3840")),
+            *(("13:11@1K", "1120x944"), ("4:1@2K", "3552x1184")),
+        ):
+            self.assertEqual(tool.parse_size(spelling), pixels(text), spelling)
 
     def test_every_size_on_the_grid(self) -> None:
-        grid = [*GRID, (1920, 1080), (1024, 1025), (1025, 1024), (1000, 1000), (1, 1)]
+        grid = [(width, height) for width in range(0, 4000, 16) for height in range(0, 4000, 16)]
+        grid += [(1920, 1080), (1024, 1025), (1025, 1024), (1000, 1000), (1, 1)]
         wrong = [size for size in grid if is_legal(*size) == bool(tool.size_fault(*size))]
         self.assertEqual(wrong, [])
 
-    def test_the_nearest_is_the_least_distance_and_on_a_tie_the_larger(self) -> None:
-        source = random.Random(2026)
-        some = [tuple(int(2 ** source.uniform(4, 13)) for _ in "wh") for _ in range(6)]
-        for width, height in ((1, 1), (99_999, 1), (1500, 600), (1920, 1080), (7680, 4320), *some):
-            with self.subTest(width=width, height=height):
-                gaps = {(w, h): log(w / width) ** 2 + log(h / height) ** 2 for w, h in LEGAL}
-                least = min(gaps.values())
-                tied = [size for size, gap in gaps.items() if gap < least + 1e-9]
-                found = tool.nearest_size(width, height)
-                self.assertIn(found, tied)
-                self.assertEqual(found[0] * found[1], max(w * h for w, h in tied))
+    def test_the_nearest_is_the_least_distance(self) -> None:
+        for asked, text in (
+            *(("99999x1", "1440x480"), ("1500x600", "1504x608"), ("37x6011", "480x1440")),
+            *(("1000x1000", "1008x1008"), ("1920x1080", "1920x1088"), ("7680x4320", "3840x2160")),
+        ):
+            self.assertEqual(tool.nearest_size(*pixels(asked)), pixels(text), asked)
 
 
 class TestSizes(Case):
@@ -135,18 +106,16 @@ class TestSizes(Case):
         return self.check(run, code).json
 
     def test_illegal_ones_are_refused_at_every_provider(self) -> None:
-        for size, rule, legal in (
-            *(("1920x1080", "16", "1920x1088"), ("512x512", "655,?360", "816x816")),
-            *(("3840x3840", "8,?294,?400", "2880x2880"), ("3856x2160", "3840", "3840x2160")),
-            *(("3072x1008", "3:1", "[0-9]+x[0-9]+"), ("0x1024", "0", "[0-9]+x[0-9]+")),
+        for size, provider, rule, legal in (
+            ("1920x1080", "openai", "16", "1920x1088"),
+            ("512x512", "openai-hk", "655,?360", "816x816"),
+            ("3840x3840", "generic", "8,?294,?400", "2880x2880"),
+            ("3856x2160", "nodekey", "3840", "3840x2160"),
+            ("3072x1008", "generic", "3:1", "[0-9]+x[0-9]+"),
         ):
-            for provider in ("openai", "openai-hk", "generic"):
-                with self.subTest(size, provider=provider):
-                    found = self.planned(f"-s {size} --provider {provider}", 2)["error"]
-                    phrase = f"{size}.*{rule}.*{legal}.*--nearest-size"
-                    self.assertRegex(found["message"], phrase)
-
-    def test_the_nearest_is_taken_and_told(self) -> None:
+            with self.subTest(size, provider=provider):
+                found = self.planned(f"-s {size} --provider {provider}", 2)["error"]
+                self.assertRegex(found["message"], f"{size}.*{rule}.*{legal}.*--nearest-size")
         argv = ("generate", "x", "-s", "1920x1080", "--nearest-size", "--dry-run")
         self.assertRegex(self.check(self.run_tool(*argv), 0).err, "1920x1080.*1920x1088")
 
@@ -170,7 +139,7 @@ class TestSizes(Case):
             ("4K", 0, "2880x2880\n", "16:9@4K.*3840x2160"),  # not what a television calls it
             ("1920x1080 --nearest-size", 0, "1920x1088\n", ".*"),
             ("1920x1080", 2, "", "16.*1920x1088"),
-            *(("storry", 2, "", "mean story"), ("wide-screen@2K", 2, "", "mean widescreen")),
+            ("wide-screen@2K", 2, "", "mean widescreen"),
         ):
             with self.subTest(line):
                 run = self.check(self.run_tool("sizes", *line.split()), code)
@@ -180,34 +149,26 @@ class TestSizes(Case):
     def test_the_table(self) -> None:
         lines = [line.split() for line in self.check(self.run_tool("sizes"), 0).out.splitlines()]
         self.assertEqual([line for line in lines if ":" in line[0]], ROWS)
-        for argv, sizes in (
-            (["--json"], {size for row in ROWS for size in row[2:]}),
-            (["story@2K", "--json"], {"1152x2048"}),
-        ):
-            text = json.dumps(self.check(self.run_tool("sizes", *argv), 0).json)
-            self.assertLessEqual(sizes, set(re.findall(r"\d+x\d+", text)))
+        text = json.dumps(self.check(self.run_tool("sizes", "--json"), 0).json)
+        self.assertEqual([size for row in ROWS for size in row[2:] if size not in text], [])
 
 
 class TestBaseUrl(unittest.TestCase):
     """What a person types or pastes, and what is made of it."""
 
     def test_normal_forms(self) -> None:
-        ends = ["", "/v1///", *(f"/v1/{end}" for end in ("models", "chat/completions", "images"))]
-        ends += ["/v1/images/generations", "/v1/images/edits/"]
+        ends = ["", "/v1///", "/v1/models", "/v1/chat/completions", "/v1/images/edits/"]
         for given, base in (
             *((f"relay.example{path}", "https://relay.example/v1") for path in ends),
             ("relay.example:8443", "https://relay.example:8443/v1"),
-            ("HTTPS://Relay.Example/V1/", "https://relay.example/V1"),
-            (" https://relay.example///\n", "https://relay.example/v1"),
+            (" HTTPS://Relay.Example/V1///\n", "https://relay.example/V1"),
             ("https://relay.example/images/edits", "https://relay.example/v1"),
             ("https://r.openai.azure.com/openai/v1", "https://r.openai.azure.com/openai/v1"),
             ("https://gate.example/v1/a/b/openai", "https://gate.example/v1/a/b/openai"),
-            *((f"{host}:8080", f"http://{host}:8080/v1") for host in ("localhost", "[::1]")),
-            ("127.0.0.1:8080/v1", "http://127.0.0.1:8080/v1"),
+            ("localhost:8080", "http://localhost:8080/v1"),
             ("https://localhost:8080", "https://localhost:8080/v1"),
         ):
-            with self.subTest(given):
-                self.assertEqual(tool.parse_base_url(given).url, base)
+            self.assertEqual(tool.parse_base_url(given).url, base, given)
 
     def test_refusals(self) -> None:
         paths = ('"v1"', "{v1,v2}", "[1-3]", "v1#top", "a b", "\x1b[31m", "a\nurl = b.example")
@@ -225,23 +186,19 @@ class TestBaseUrl(unittest.TestCase):
     def test_what_a_key_belongs_to(self) -> None:
         """Scheme, host and port, the spellings of this machine being one host."""
         same = ("relay.example", "https://RELAY.example:443/v2", "https://relay.example/a/b")
-        others = ["http://relay.example:443", "relay.example:444"]
-        others += ["relay.example.evil", "a.relay.example"]
+        others = ("http://relay.example:443", "relay.example:444", "relay.example.evil")
         origin = tool.parse_base_url(same[0]).origin
         self.assertEqual({tool.parse_base_url(text).origin for text in same}, {origin})
-        self.assertNotIn(origin, {tool.parse_base_url(text).origin for text in others})
+        self.assertNotIn(origin, [tool.parse_base_url(text).origin for text in others])
         here = ("localhost:80", "127.0.0.1:80", "127.9.9.9:80", "[::1]:80", "LOCALHOST.:80")
         self.assertEqual(len({tool.parse_base_url(text).origin for text in here}), 1)
 
     def test_loopback_is_no_more_than_that(self) -> None:
-        for host, loopback in (
-            *(("localhost", True), ("127.0.0.1", True), ("127.1", True), ("[::1]", True)),
-            *(("127.evil.example", False), ("127.0.0.1.evil.example", False), ("0.0.0.0", False)),
-            *(("localhost.evil.example", False), ("10.0.0.1", False), ("128.0.0.1", False)),
-        ):
-            with self.subTest(host):
-                base = tool.parse_base_url(host)
-                self.assertEqual((base.loopback, base.scheme == "http"), (loopback, loopback))
+        here = ("localhost", "127.0.0.1", "127.1", "[::1]")
+        others = ("127.0.0.1.evil.example", "localhost.evil.example", "0.0.0.0", "128.0.0.1")
+        for host in (*here, *others):
+            base, loopback = tool.parse_base_url(host), host in here
+            self.assertEqual((base.loopback, base.scheme == "http"), (loopback, loopback), host)
 
 
 class TestAddresses(unittest.TestCase):
@@ -263,11 +220,10 @@ class TestAddresses(unittest.TestCase):
     fake = ("198.18.0.1", "198.19.255.254")  # what a fake-IP proxy gives to every name
 
     def test_which_are_public(self) -> None:
-        for literal in (True, False):
-            with self.subTest(literal=literal):
-                everyone = (*self.public, *self.private, *self.fake)
-                found = [address for address in everyone if tool.is_public(address, literal)]
-                self.assertEqual(found, [*self.public, *(() if literal else self.fake)])
+        everyone = (*self.public, *self.private, *self.fake)
+        for literal, wanted in ((True, self.public), (False, (*self.public, *self.fake))):
+            found = [address for address in everyone if tool.is_public(address, literal)]
+            self.assertEqual(found, list(wanted), f"literal: {literal}")
 
 
 class TestWaits(unittest.TestCase):
@@ -275,7 +231,7 @@ class TestWaits(unittest.TestCase):
 
     def test_what_the_server_asks_for(self) -> None:
         for headers, seconds in (
-            *(({"retry-after": text}, float(text)) for text in ("0", "5", "1.5", "120", "86400")),
+            *(({"retry-after": text}, float(text)) for text in ("0", "1.5", "86400")),
             ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
             ({"retry-after-ms": "soon", "retry-after": "9"}, 9),
             ({"retry-after": formatdate(1_800_000_060, usegmt=True)}, 60),
@@ -286,13 +242,11 @@ class TestWaits(unittest.TestCase):
                 self.assertEqual(tool.retry_after(headers), seconds)
 
     def test_junk_is_ignored(self) -> None:
-        junk = ["", "soon", "nan", "inf", "-inf", "-3", "+3", "1e9", "0x10", "1_0", "٣", "３", "5s"]
-        junk += [" ", ",", "Mon,", "0,", "1,2", "Mon, 99 Foo 2026", "9" * 400, "٣.٥", "\x00"]
-        junk += ["Fri, 31 Dec 99999999 23:59:59 GMT", "Fri, 31 Dec 2026 99:99:99 +9999999"]
+        junk = ["", "soon", "nan", "inf", "-3", "+3", "1e9", "0x10", "1_0", "３", "5s", "9" * 400]
+        junk += ["Mon, 99 Foo 2026", "Fri, 31 Dec 99999999 23:59:59 GMT", "٣.٥", "\x00", "1,2"]
         for value in junk:
-            for name in ("retry-after", "retry-after-ms"):
-                with self.subTest(value[:40], name=name):
-                    self.assertIn(tool.retry_after({name: value}), (None, 0))
+            self.assertIn(tool.retry_after({"retry-after": value}), (None, 0), value)
+            self.assertIn(tool.retry_after({"retry-after-ms": value}), (None, 0), value)
 
     def test_without_a_word_it_doubles_up_to_half_a_minute(self) -> None:
         with mock.patch("random.uniform", return_value=1.0) as jitter:
@@ -311,44 +265,58 @@ class TestPieces(unittest.TestCase):
         self.path = Path(folder.name, "response.json")
 
     def read(self, body: str, window: int, long_string: int, *, salvage: bool = False) -> Any:
-        """Read an answer through buffers of these sizes."""
+        """Read an answer through buffers of these sizes; return it and its pictures."""
         self.path.write_text(body, encoding="utf-8")
+        found = []
         with mock.patch.multiple(tool, WINDOW=window, LONG_STRING=long_string):
             reply = tool.read_reply(str(self.path), salvage)
             with self.path.open("rb") as file:
-                return reply, [b"".join(self.pieces(source.value, file)) for source in reply.images]
+                for value in (source.value for source in reply.images):
+                    if isinstance(value, str):
+                        pieces = iter([value.encode()])
+                    else:  # a long one is still in the file
+                        pieces = tool.span_pieces(file, value)
+                    found.append(b"".join(tool.decode_text(pieces)))
+        return reply, found
 
-    def pieces(self, value: str | tool.Span, file: IO[bytes]) -> Iterator[bytes]:
-        """Return the bytes of a base64 picture, which may be long and still in the file."""
-        if isinstance(value, str):
-            return tool.decode_text(iter([value.encode()]))
-        return tool.decode_text(tool.span_pieces(file, value))
-
-    def test_dressed_pictures_beside_any_json(self) -> None:
-        source = random.Random(2)
-        for number in range(300):
-            sizes = source.choices((1, 2, 3, 50, 1000), k=2)
-            pictures = [bytes(source.choices(range(256), k=size)) for size in sizes]
-            entries = [f'{{"b64_json": "{random_dress(source, p)}"}}' for p in pictures]
-            usage = {"a": 1, "b": {"c": 'x\\"\u20ac' * source.randint(0, 3)}}
-            other = json.dumps(random_json(source, 3), ensure_ascii=source.random() < 0.5)
-            data = ", ".join(entries)
-            body = f'\n{{"x": {other}, "data": [{data}], "usage": {json.dumps(usage)}}}'
-            with self.subTest(number, body=body):
-                window, long_string = source.randint(8, 80), source.choice((40, 60, 100))
-                reply, found = self.read(body, window, long_string)
-                self.assertEqual(found, pictures)
-                self.assertEqual((reply.whole, reply.usage), (True, usage))
+    def test_dressed_pictures_beside_hostile_json_under_every_window(self) -> None:
+        picture = bytes(range(255, 164, -1))
+        plain = b64(picture)
+        lines = [plain[at : at + 64] for at in range(0, len(plain), 64)]
+        dresses = [plain, plain.rstrip("="), plain.replace("+", "-").replace("/", "_")]
+        dresses += ["\\n".join(lines), "\\r\\n".join(lines), " ".join(plain)]
+        dresses += [plain.replace("/", "\\/"), plain.replace("P", "\\u0050")]
+        entries = ", ".join(f'{{"b64_json": "{text}"}}' for text in dresses)
+        values: list[Any] = [
+            '"\\' * 30,
+            "\\u002f{}[]:," * 9,
+            'a"\\/\n\u20ac\x00' * 20,
+            "",
+            [],
+            {},
+            None,
+            1.5,
+        ]
+        other = {"list": values, 'k"\\': {"deep": [[values], {"": "\u20ac\\"}]}}
+        usage = {"a": 1, "b": {"c": 'x\\"\u20ac' * 3}}
+        for window in range(8, 81):
+            for ascii_only in (True, False):
+                with self.subTest(window=window, ascii_only=ascii_only):
+                    text = json.dumps(other, ensure_ascii=ascii_only)
+                    body = f'\n{{"x": {text}, "data": [{entries}], "usage": {json.dumps(usage)}}}'
+                    reply, found = self.read(body, window, 40 + window % 3 * 30)
+                    self.assertEqual(found, [picture] * len(dresses))
+                    self.assertEqual((reply.whole, reply.usage), (True, usage))
 
     def test_streams(self) -> None:
         event = json.dumps({"type": "image_generation.completed", "b64_json": b64(PICTURE)})
         preview = json.dumps({"type": "image_generation.partial_image", "b64_json": "AAAA"})
-        for newline in ("\n", "\r\n"):
-            lines = [f": hi{newline}", f"data: {preview}{newline}", "event: x", f"data:{event}"]
-            body = newline.join([*lines, "", "data: [DONE]", "", ""])
+        lines = [": hi\n", f"data: {preview}\n", "event: x", f"data:{event}"]
+        body = "\n".join([*lines, "", "data: [DONE]", "", ""])
+        for text in (body, body.replace("\n", "\r\n")):
             for window in (16, 17, 40, 4096):
-                with self.subTest(newline=newline, window=window):
-                    reply, found = self.read(body, window, 30)
+                with self.subTest(text[:9], window=window):
+                    reply, found = self.read(text, window, 30)
                     self.assertEqual((found, reply.whole), ([PICTURE], True))
 
     def test_a_cut_answer_gives_its_whole_pictures_to_recover_only(self) -> None:
@@ -365,10 +333,10 @@ class TestPieces(unittest.TestCase):
 
     def test_a_cut_escape_is_no_crash(self) -> None:
         for tail in ("\\", "\\u", "\\u12", '\\"', '\\"}', "\\x", '\\uD83D"}'):
-            for salvage in (False, True):
-                with self.subTest(tail, salvage=salvage):
-                    body = '{"data": [{"b64_json": "AAAAAAAA' + tail
-                    self.assertFalse(self.read(body, 16, 4, salvage=salvage)[0].whole)
+            with self.subTest(tail):
+                body = '{"data": [{"b64_json": "AAAAAAAA' + tail
+                self.assertFalse(self.read(body, 16, 4)[0].whole)
+                self.assertFalse(self.read(body, 16, 4, salvage=True)[0].whole)
 
     def test_what_json_chokes_on(self) -> None:
         entry = f'"data": [{{"b64_json": "{b64(PICTURE)}", "revised_prompt": '
@@ -380,32 +348,6 @@ class TestPieces(unittest.TestCase):
         text = f'{{"data": [{{"b64_json": "{b64(PICTURE)}"}}], "x": {deep}'
         self.assertEqual(self.read(text + "}", 4096, 100)[1], [])
         self.assertEqual(self.read(text, 4096, 100, salvage=True)[1], [PICTURE])
-
-
-def random_json(source: random.Random, depth: int) -> Any:
-    """Return some JSON value, rich in quotes, backslashes and long strings, without a picture."""
-    alphabet = source.choice(('"\\', "ab", 'a"\\/\n\u20ac\x00', "\\u002f{}[]:,"))
-    text = "".join(source.choices(alphabet, k=source.choice((0, 1, 3, 20, 200))))
-    if not depth:
-        return source.choice((text, text, None, True, 1.5, -7, 10**20))
-    values = [random_json(source, depth - 1) for _ in range(source.randrange(4))]
-    return source.choice((text, values, dict(zip("abc", values))))
-
-
-def random_dress(source: random.Random, picture: bytes) -> str:
-    """Return base64 as a JSON string's text, dressed at random."""
-    text = b64(picture)
-    text = source.choice((text, text.replace("+", "-").replace("/", "_")))
-    text = source.choice((text, text.rstrip("=")))
-    if source.random() < 0.3:
-        width, end = source.choice((1, 7, 64)), source.choice(("\\n", "\\r\\n", " "))
-        text = end.join(text[at : at + width] for at in range(0, len(text), width))
-    text = source.choice((text, text.replace("/", "\\/")))
-    if source.random() < 0.3:
-        chosen = source.choice(text.replace("\\", "") or "A")
-        if chosen.isalnum() and chosen not in "nru":
-            text = text.replace(chosen, f"\\u{ord(chosen):04x}")
-    return text
 
 
 class TestBase64(unittest.TestCase):
@@ -420,35 +362,31 @@ class TestBase64(unittest.TestCase):
         for picture in (b"", b"a", b"ab", b"abc", PICTURE):
             for text in (b64(picture), b64(picture).rstrip("="), b64(picture) + "\n"):
                 for size in (1, 2, 3, 4, 5, 64, len(text) + 1):
-                    with self.subTest(text[:12], size=size):
-                        self.assertEqual(self.decode(text, size), picture)
+                    self.assertEqual(self.decode(text, size), picture, (text, size))
 
     def test_a_data_prefix(self) -> None:
         for prefix in ("data:image/png;base64,", " data:;base64,", "DATA:image/png;a=b;BASE64,"):
-            with self.subTest(prefix):
-                self.assertEqual(self.decode(prefix + b64(PICTURE), 100), PICTURE)
+            self.assertEqual(self.decode(prefix + b64(PICTURE), 100), PICTURE, prefix)
         self.assertEqual(self.decode("data:image/svg+xml,%3Csvg a='b'%3E", 100), b"<svg a='b'>")
 
     def test_what_is_no_base64(self) -> None:
         good = b64(b"hello, fox")
-        bad = ["!!!!", "A", "AAAAA", good + "A", good + good, good[:4] + "$" + good[4:]]
-        bad += ["aGVs$$bG8=", good[:4] + "=" + good[4:], "näh", "<svg/>"]
-        bad += [good[:6] + "\x00" + good[6:], "QUJD" * 40_000 + "*" * 4, "QUJD" * 40_000 + "A"]
+        bad = ["!!!!", "A", "AAAAA", good + "A", good + good, good[:4] + "$" + good[4:], "näh"]
+        bad += [good[:4] + "=" + good[4:], good[:6] + "\x00" + good[6:], "QUJD" * 40_000 + "A"]
         for text in bad:
             for size in (3, 4, 4096):
                 with self.subTest(text[:20], size=size), self.assertRaises(ValueError):
                     self.decode(text, size)
 
 
-def look(data: bytes) -> tool.PictureInfo | None:
-    """Inspect bytes."""
+def look(data: bytes) -> Any:
+    """Return what is seen of a picture (see PictureInfo), or None."""
     return tool.inspect_picture(io.BytesIO(data))
 
 
 def is_whole(data: bytes) -> bool:
     """Return whether bytes are a picture to its end."""
-    info = look(data)
-    return bool(info and info.whole)
+    return bool(look(data) and look(data).whole)
 
 
 KINDS = {
@@ -458,7 +396,6 @@ KINDS = {
     "webp lossy": (webp(40, 30, "VP8"), "webp", False),
     "webp lossless": (webp(40, 30, "VP8L"), "webp", False),
     "webp extended": (webp(40, 30, "VP8X"), "webp", False),
-    "gif": (gif(40, 30), "gif", False),
     "animated gif": (gif(40, 30, frames=3), "gif", False),
     "svg": (svg(40, 30), "svg", True),
 }
@@ -473,8 +410,11 @@ SVG_HEADS = (
 )
 ODD_KINDS = {
     "png with tRNS": (png(40, 30).replace(IDAT, png_chunk(b"tRNS", bytes(6)) + IDAT), "png", True),
-    "jpeg behind 240 KB": (b"\xff\xd8" + METADATA + jpeg(40, 30)[2:], "jpeg", False),
-    "filled jpeg": (b"\xff\xd8" + METADATA + b"\xff\xff\xff" + jpeg(40, 30)[2:], "jpeg", False),
+    "jpeg behind 240 KB": (
+        b"\xff\xd8" + METADATA + b"\xff\xff\xff" + jpeg(40, 30)[2:],
+        "jpeg",
+        False,
+    ),
     **{f"{head!r}": (head + SVG_TAIL, "svg", True) for head in SVG_HEADS},
 }
 
@@ -486,25 +426,17 @@ class TestPictures(unittest.TestCase):
         for name, (data, kind, alpha) in {**KINDS, **ODD_KINDS}.items():
             with self.subTest(name):
                 self.assertEqual(look(data), tool.PictureInfo(kind, 40, 30, alpha, True))
-        for width, height in ((1, 1), (3840, 2160), (1, 9000)):
-            for data in (jpeg(width, height), webp(width, height), gif(width, height)):
-                with self.subTest(data[:4], width=width):
-                    self.assertEqual((look(data) or ())[1:3], (width, height))
+        for data in (jpeg(3840, 2160), webp(3840, 2160), gif(3840, 2160)):
+            self.assertEqual(look(data)[1:3], (3840, 2160), data[:4])
 
-    def test_cut_anywhere_is_not_whole(self) -> None:
+    def test_cut_anywhere_is_not_whole_and_padded_is(self) -> None:
         for name, (data, _, _) in KINDS.items():
-            for size in range(len(data.rstrip())):
-                if is_whole(data[:size]):
-                    self.fail(f"{name} cut after {size} of {len(data)} bytes passes as whole")
+            self.assertTrue(is_whole(data + (b"\r\n  \n" if name == "svg" else bytes(5000))), name)
+            found = [size for size in range(len(data.rstrip())) if is_whole(data[:size])]
+            self.assertEqual(found, [], f"{name} of {len(data)} bytes cut after these is whole")
         # an end mark in the metadata, or of an inner drawing, ends nothing
         self.assertFalse(is_whole(jpeg(400, 300, comment=jpeg(8, 8, comment=jpeg(8, 8)))[:-200]))
         self.assertFalse(is_whole(svg(40, 30).replace(b"<rect", svg(8, 8) + b"<rect")[:-20]))
-
-    def test_padding_after_the_end_is_whole(self) -> None:
-        for name, (data, _, _) in KINDS.items():
-            for padding in (b"\n", b"\r\n  \n") if "svg" in name else (b"\0", bytes(5000)):
-                with self.subTest(name, padding=len(padding)):
-                    self.assertTrue(is_whole(data + padding))
 
     def test_what_is_no_picture(self) -> None:
         drawing = svg(40, 30)
@@ -512,9 +444,7 @@ class TestPictures(unittest.TestCase):
             *(b"", b"hello", bytes(5000), b"\x89PNG", b"GIF8", b"\xff\xd8", b"<svgx></svgx>"),
             b"<!DOCTYPE html><html><body>" + drawing + b"</body></html>",
             *(page + drawing for page in (b"<html>", b"<!-- 1 --><html><!-- 2 -->", b"<p>see ")),
-            b'<?xml version="1.0"?><html xmlns="http://www.w3.org/1999/xhtml">' + drawing,
             b'{"b64_json": "' + b64(PICTURE).encode(),
-            b64(PICTURE).encode(),
             b"%PDF-1.7" + PICTURE,
             b"RIFF\x10\0\0\0WAVEfmt " + bytes(20),
             # an exponential search for the root of an SVG would never end with these
