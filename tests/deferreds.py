@@ -161,7 +161,6 @@ class BatchApi(Api):
         return [r for r in list(self.requests) if pattern.fullmatch(f"{r.method} {r.path}")]
 
     def own(self) -> list[str]:
-        """Return the ids of the batches that the tool made."""
         return [name for name, batch in list(self.batches.items()) if "input_file_id" in batch]
 
     def foreign(self, number: int) -> None:

@@ -298,7 +298,7 @@ class Way(DeferredCase):
 
 
 class Kills(DeferredCase):
-    """SIGKILL and signals anywhere, then the same command until it is done."""
+    """Kills, signals, and calls that fail or end nobody knows how; then the same command again."""
 
     def test_at_each_request(self) -> None:
         """The curl of a create makes the batch, or ends, only while the next run waits for it."""
@@ -361,10 +361,6 @@ class Kills(DeferredCase):
                 with pauses(bool, held.release.set):
                     self.batch()
                 self.check_batches(generations=1)
-
-
-class Uncertain(DeferredCase):
-    """Calls that fail, and those whose outcome nobody knows."""
 
     def test_a_create_that_was_made_is_found_by_its_metadata(self) -> None:
         odd = (page(504, "Time-out"), json_reply({}), json_reply({"id": "../batch_0"}))
@@ -506,14 +502,13 @@ class Ends(DeferredCase):
         self.check_pictures("job 1", "job 2")
 
     def test_odd_lines_among_the_results(self) -> None:
-        """Foreign ids, rubbish, too much text, a duplicate, and a last line that is torn."""
-        junk = [b'{"custom_id": "x", "response": [' + b"1, " * 950_000 * n + b"1]}" for n in (3, 4)]
+        """Foreign ids, rubbish, a duplicate, and a last line that is torn."""
         rubbish = b'\xff\n[]\nnull\n{"custom_id": 7}\n{"custom_id": "a", "response": []}\n'
 
         def shape(body: bytes) -> bytes:
             first, second, third = body.splitlines()
             strange = first.replace(b'"custom_id": "', b'"custom_id": "x')
-            lines = [strange, first, rubbish, junk[0], first, junk[1], second, third[:-80]]
+            lines = [strange, first, rubbish, first, second, third[:-80]]
             return b"\n".join(lines)
 
         self.submitted(3)
@@ -585,7 +580,7 @@ class Ends(DeferredCase):
 class Limits(DeferredCase):
     """What is not even begun, and what stands beside it."""
 
-    def test_more_than_the_api_takes(self) -> None:
+    def test_more_than_the_api_takes_and_options_that_do_not_go_together(self) -> None:
         self.numbered(5)
         limits = (("MAX_DEFERRED_REQUESTS", 50_000, 4), ("MAX_DEFERRED_BYTES", 200_000_000, 400))
         for name, limit, least in limits:
@@ -593,15 +588,11 @@ class Limits(DeferredCase):
             with self.subTest(name), mock.patch.object(gpt_image2, name, least):
                 self.assertIn("--shard", self.batch(code=2).err)
                 self.check_nothing_left()
-        self.assertEqual((self.api.posts, self.folder.exists()), ([], False))
-
-    def test_options_that_do_not_go_together(self) -> None:
-        self.numbered(1)
         for option in ("--stream", "--sandbox"):
             self.batch(option, code=2)
         for option in ("--wait", "--cancel"):
             self.at_once(option, code=2)
-        self.assertEqual(self.api.posts, [])
+        self.assertEqual((self.api.posts, self.folder.exists()), ([], False))
 
     def test_shards_at_once_on_two_machines(self) -> None:
         """They share the output folder, not the state folder; each shard has its lock."""
@@ -651,8 +642,8 @@ class Limits(DeferredCase):
         self.api.end()
         run = self.batch(*LOW, "--json", "--max-cost", "0.0001")  # it is paid already
         *jobs, told = [json.loads(line) for line in run.out.splitlines()]
-        paths = [image["path"] for job in jobs for image in job["images"]]
-        self.assertEqual(paths, [str(self.folder / f"000{number}.png") for number in (1, 2)])
+        names = [os.path.basename(job["images"][0]["path"]) for job in jobs]
+        self.assertEqual(names, ["0001.png", "0002.png"])
         self.assertEqual((told["summary"]["jobs"], told["summary"]["saved"]), (2, 2))
         self.assertAlmostEqual(told["summary"]["cost"]["amount"], 0.00828, delta=0.00001)
         costs = [line["cost"]["amount"] for line in self.lines() if line["state"] == "saved"]
@@ -666,20 +657,17 @@ class Limits(DeferredCase):
         folders = (victim, self.kept, self.folder)
         keys = dict.fromkeys((str(victim), "../../../victim", "", "."), "batch_1")
         keys["0123456789abcdef"] = "../models"
-        for step in ("uploading", "created"):
-            with self.subTest(step):
-                self.fresh()
-                self.submitted(1)
-                for folder in folders:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / "precious").write_text("mine")
-                self.api.batches["batch_1"] = {"id": "batch_1", "status": "expired"}
-                with (self.folder / "results.jsonl").open("a") as file:
-                    for key, name in keys.items():
-                        job = {"identity": f"{key}-1", "id": key, "state": "deferred"}
-                        batch = {"state": "batch", "key": key, "step": step, "batch_id": name}
-                        for row in ({**job, "job_id": key}, batch):
-                            file.write(json.dumps({"schema": 1, **row}) + "\n")
-                self.batch(code=None)
-                self.assertTrue(all((folder / "precious").exists() for folder in folders))
+        self.submitted(1)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "precious").write_text("mine")
+        self.api.batches["batch_1"] = {"id": "batch_1", "status": "expired"}
+        with (self.folder / "results.jsonl").open("a") as file:
+            for key, name in keys.items():
+                job = {"identity": f"{key}-1", "id": key, "state": "deferred", "job_id": key}
+                batch = {"state": "batch", "key": key, "step": "created", "batch_id": name}
+                for row in (job, batch):
+                    file.write(json.dumps({"schema": 1, **row}) + "\n")
+        self.batch(code=None)
+        self.assertTrue(all((folder / "precious").exists() for folder in folders))
         self.assertEqual(self.api.asked("GET /v1/models"), [])
