@@ -618,8 +618,7 @@ class Limits(DeferredCase):
         posts = len(self.api.posts)
         self.assertIn("--deferred", self.at_once(code=1).err)
         for redo, code in (("failed", 1), ("unknown", 1), ("0001", 2), ("all", 2)):
-            with self.subTest(redo):
-                self.at_once("--redo", redo, code=code)
+            self.at_once("--redo", redo, code=code)
         self.at_once("--quality", "low", code=2)
         self.batch("--quality", "low", code=2)
         self.batch("--redo", "all")
@@ -657,17 +656,19 @@ class Limits(DeferredCase):
         folders = (victim, self.kept, self.folder)
         keys = dict.fromkeys((str(victim), "../../../victim", "", "."), "batch_1")
         keys["0123456789abcdef"] = "../models"
-        self.submitted(1)
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "precious").write_text("mine")
-        self.api.batches["batch_1"] = {"id": "batch_1", "status": "expired"}
-        with (self.folder / "results.jsonl").open("a") as file:
-            for key, name in keys.items():
-                job = {"identity": f"{key}-1", "id": key, "state": "deferred", "job_id": key}
-                batch = {"state": "batch", "key": key, "step": "created", "batch_id": name}
-                for row in (job, batch):
-                    file.write(json.dumps({"schema": 1, **row}) + "\n")
-        self.batch(code=None)
-        self.assertTrue(all((folder / "precious").exists() for folder in folders))
+        for step in ("uploading", "created"):
+            self.fresh()
+            self.submitted(1)
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "precious").write_text("mine")
+            self.api.batches["batch_1"] = {"id": "batch_1", "status": "expired"}
+            with (self.folder / "results.jsonl").open("a") as file:
+                for key, name in keys.items():
+                    job = {"identity": f"{key}-1", "id": key, "state": "deferred", "job_id": key}
+                    batch = {"state": "batch", "key": key, "step": step, "batch_id": name}
+                    for row in (job, batch):
+                        file.write(json.dumps({"schema": 1, **row}) + "\n")
+            self.batch(code=None)
+            self.assertTrue(all((folder / "precious").exists() for folder in folders))
         self.assertEqual(self.api.asked("GET /v1/models"), [])
