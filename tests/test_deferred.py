@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import collections
 import contextlib
 import gzip
@@ -33,7 +32,7 @@ from tests.deferreds import (
     served,
 )
 from tests.pictures import png, png_chunk
-from tests.server import KEY, Reply, answer, b64, data_url, json_reply, page, refusal
+from tests.server import KEY, Reply, b64, data_url, json_reply, page, refusal
 
 LOW = ("--quality", "low", "--size", "1024x1024")  # with a price
 PICTURE = picture_of("job 1")
@@ -43,27 +42,18 @@ GATEWAY = page(502, "Bad Gateway")
 OOPS = refusal(500, "server_error", "Oops.")
 BUSY = refusal(429, "rate_limit_exceeded", "Too many batches.")
 GONE = refusal(404, None, "No batch found.")
-UNCLEAR = {"silent": SILENT, "cut": BEGUN, "500": OOPS, "502": GATEWAY}
-CANCELLED = lost("batch_cancelled", "Cancelled.")
+UNCLEAR = (SILENT, BEGUN, OOPS, GATEWAY)
 
 
 def answers(**ends: Any) -> Callable[[Any], Any]:
     """Return what becomes of each job: by its prompt, like job_2=...; else it is made."""
     known = {name.replace("_", " "): end for name, end in ends.items()}
-
-    def result(line: Any) -> Any:
-        prompt = line["body"]["prompt"]
-        return known[prompt] if prompt in known else made(line)
-
-    return result
+    return lambda line: {line["body"]["prompt"]: made(line), **known}[line["body"]["prompt"]]
 
 
 @contextlib.contextmanager
 def pauses(*then: Callable[[], object]) -> Iterator[list[float]]:
-    """Let the tool's pauses pass at once in this process; the n-th one calls `then[n - 1]`.
-
-    Yields their seconds.
-    """
+    """Let the tool's pauses pass at once, and yield their seconds; the n-th calls `then[n - 1]`."""
     seen: list[float] = []
 
     def pause(_: object, seconds: float) -> None:
@@ -95,31 +85,23 @@ class DeferredCase(SystemCase):
         self.assertEqual(self.api.doubled(), set(), "paid twice")
 
     def fresh(self) -> None:
-        """Forget all that was done."""
         self.api.forget()
         self.api.result = made
         for folder in (self.folder, self.state / "gpt-image-2"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    # Jobs
-
     def write(self, *jobs: dict[str, Any] | str) -> None:
         """Write jobs.jsonl; a text is a prompt."""
         lines = [{"prompt": job} if isinstance(job, str) else job for job in jobs]
-        (self.work / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (self.work / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     def numbered(self, count: int) -> None:
-        """Write jobs.jsonl with the prompts "job 1" to "job COUNT"."""
         self.write(*(f"job {number}" for number in range(1, count + 1)))
 
     def both_kinds(self) -> None:
-        """Write two generations and an edit."""
         self.write("job 1", {"prompt": "job 2", "images": ["in.png"]}, "job 3")
 
-    # Runs
-
     def words(self, *argv: str) -> list[str]:
-        """Return the command line of the batch, deferred."""
         return ["batch", "jobs.jsonl", "--provider", "openai", "--deferred", *argv]
 
     def batch(self, *argv: str, code: int | None = 0) -> Run:
@@ -132,12 +114,10 @@ class DeferredCase(SystemCase):
         return run
 
     def at_once(self, *argv: str, code: int = 0) -> Run:
-        """Run the same batch without --deferred."""
         words = [word for word in self.words(*argv) if word != "--deferred"]
         return self.check(self.run_tool(*words), code)
 
     def submitted(self, count: int) -> None:
-        """Submit so many jobs."""
         self.numbered(count)
         self.batch()
 
@@ -149,39 +129,31 @@ class DeferredCase(SystemCase):
                 return
         self.fail(f"no end: {self.states()}\n{self.api}")
 
-    def held_at(self, what: str, *argv: str, **order: Any) -> tuple[Child[bytes], Hold]:
-        """Start the batch as a child, and wait until a request is held, as order() has it."""
-        held = self.api.order(what, hold=True, **order)
+    def start_until(self, held: Hold, *argv: str) -> Child[bytes]:
+        """Start the batch as a child, and wait until a request is held."""
         self.addCleanup(held.release.set)
         tool = self.start_tool(*self.words(*argv))
         self.assertTrue(held.reached.wait(HANG), self.api)
-        return tool, held
+        return tool
 
-    def kill_at(self, what: str, **order: Any) -> Hold:
-        """Kill the tool alone while a request of a kind waits; its curl goes on waiting."""
-        tool, held = self.held_at(what, **order)
+    def kill_at(self, held: Hold) -> None:
+        """Kill the tool alone while a request is held; its curl goes on waiting."""
+        tool = self.start_until(held)
         tool.kill()
         self.finish(tool)
-        return held
-
-    # What came of it
 
     def lines(self) -> list[Any]:
-        """Return the journal's lines on jobs."""
         text = (self.folder / "results.jsonl").read_text(encoding="ascii")
         found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
         return [line for line in found if "identity" in line]
 
     def states(self) -> dict[str, str]:
-        """Return the journal's last word on each job, by id."""
         return {line["id"]: line["state"] for line in self.lines()}
 
     def check_states(self, *states: str) -> None:
-        """Assert the journal's last word on each job."""
         self.assertEqual(list(self.states().values()), list(states))
 
     def pictures(self) -> dict[str, bytes]:
-        """Return the pictures in the output folder, by name."""
         names = [n for n in self.listing(self.folder) if not re.search(r"\.(jsonl|html|lock)$", n)]
         return {name: (self.folder / name).read_bytes() for name in names}
 
@@ -191,7 +163,6 @@ class DeferredCase(SystemCase):
         self.assertEqual(collections.Counter(self.pictures().values()), expected)
 
     def check_batches(self, **expected: int) -> None:
-        """Assert how many batches were made, by endpoint."""
         names = [self.api.batches[name]["endpoint"].rpartition("/")[2] for name in self.api.own()]
         self.assertEqual(dict(collections.Counter(names)), expected)
 
@@ -204,30 +175,25 @@ class DeferredCase(SystemCase):
         self.check_nothing_left()
 
     def check_nothing_left(self) -> None:
-        """Assert that the state folder has nothing of any batch."""
         found = self.listing(self.kept) if self.kept.exists() else []
         self.assertEqual((found, self.jobs()), ([], []))
 
 
 class Way(DeferredCase):
-    """From the jobs file to the pictures."""
+    """From the jobs file to the pictures; --wait and --cancel."""
 
     def test_submits_tells_and_fetches(self) -> None:
         self.write({"prompt": "job 1", "size": "1024x1024"}, {"prompt": "job 2", "id": "two"})
         run = self.batch()
         self.assertEqual(run.out, "")
         self.assertIn("batch_0: validating 0/2", run.err)
-        first, second = self.api.lines()
+        first = self.api.lines()[0]
         self.assertEqual((first["method"], first["url"]), ("POST", "/v1/images/generations"))
         body = {"model": "gpt-image-2", "prompt": "job 1", "size": "1024x1024"}
         self.assertEqual(first["body"], body)
-        self.assertNotEqual(first["custom_id"], second["custom_id"])
-        self.assertEqual(self.api.batches["batch_0"]["endpoint"], "/v1/images/generations")
-        self.assertEqual(self.batch().out, "")
         self.api.end()
-        run = self.batch()
-        self.assertEqual([path.name for path in run.saved], ["0001.png", "two.png"])
-        self.assertEqual([path.read_bytes() for path in run.saved], [PICTURE, picture_of("job 2")])
+        self.assertEqual([path.name for path in self.batch().saved], ["0001.png", "two.png"])
+        self.assertEqual(list(self.pictures().values()), [PICTURE, picture_of("job 2")])
         self.assertEqual(self.batch().out, "")
         self.check_batches(generations=1)
         self.check_nothing_left()
@@ -237,46 +203,34 @@ class Way(DeferredCase):
     def test_edits_go_as_json_in_a_batch_of_their_own(self) -> None:
         mask = png(32, 32, hole=(1, 1, 4, 4))
         (self.work / "mask.png").write_bytes(mask)
-        edit = {"prompt": "job 2", "images": ["in.png", "in.png"], "mask": "mask.png"}
-        self.write("job 1", edit)
+        self.write("job 1", {"prompt": "job 2", "images": ["in.png", "in.png"], "mask": "mask.png"})
         self.batch()
+        self.check_batches(generations=1, edits=1)
         (line,) = self.api.lines("batch_1")
         self.assertEqual(line["url"], "/v1/images/edits")
-        self.assertEqual(self.api.batches["batch_1"]["endpoint"], "/v1/images/edits")
         found = [entry["image_url"] for entry in [*line["body"]["images"], line["body"]["mask"]]]
-        pictures = [base64.b64decode(url.replace("data:image/png;base64,", "")) for url in found]
-        self.assertEqual(pictures, [png(32, 32), png(32, 32), mask])
-        journal = (self.folder / "results.jsonl").read_text()
-        self.assertNotIn(b64(png(32, 32))[:40], journal)
+        self.assertEqual(found, [data_url(picture) for picture in (png(32, 32), png(32, 32), mask)])
         self.api.end("batch_0")
         self.assertIn("batch_1: cancelling", self.batch("--cancel").err)
-        self.api.end("batch_1")
-        self.assertEqual([path.name for path in self.batch().saved], ["0002.png"])
 
     def test_how_far_it_is(self) -> None:
         self.submitted(4)
-        endpoint = "/v1/images/generations"
-        for status, completed in (("in_progress", 2), ("finalizing", 3), ("something_new", 3)):
-            with self.subTest(status):
-                counts = {"total": 4, "completed": completed, "failed": 1}
-                self.api.batches["batch_0"].update(status=status, request_counts=counts)
-                run = self.batch()
-                self.assertEqual(run.out, "")
-                self.assertIn(f"batch_0: {status} {completed}/4", run.err)
-                told = self.batch("--json").json
-                row = {"id": "batch_0", "status": status, "endpoint": endpoint, **counts}
-                self.assertEqual((told["ok"], told["deferred"]), (True, [row]))
+        counts = {"total": 4, "completed": 2, "failed": 1}
+        row = {"id": "batch_0", "endpoint": "/v1/images/generations", **counts}
+        for status in ("in_progress", "something_new"):
+            self.api.batches["batch_0"].update(status=status, request_counts=counts)
+            self.assertIn(f"batch_0: {status} 2/4", self.batch().err)
+            told = self.batch("--json").json
+            self.assertEqual((told["ok"], told["deferred"]), (True, [{**row, "status": status}]))
 
     def test_lines_that_are_gone_or_changed_meanwhile(self) -> None:
         """What is saved, and under which name, is as it was when the jobs were submitted."""
         edit = {"prompt": "job 4", "images": ["in.png"], "id": "four"}
         output = {"prompt": "job 5", "output": "sub/five.png"}
-        changed = {"prompt": "job 2", "id": "two"}
-        self.write({"prompt": "job 1", "n": 2}, changed, "job 3", edit, output)
+        two = {"prompt": "job 2", "id": "two"}
+        self.write({"prompt": "job 1", "n": 2}, two, "job 3", edit, output)
         self.batch()
-        self.assertEqual([line["body"].get("n") for line in self.api.lines()][:2], [2, None])
-        moved = {"prompt": "job 3", "output": "elsewhere.png"}
-        self.write(moved, {**changed, "prompt": "job 22"}, "job 7")
+        self.write({"prompt": "job 3", "output": "x.png"}, {**two, "prompt": "job 22"}, "job 7")
         (self.work / "in.png").unlink()
         self.batch(code=None)
         self.check_batches(generations=1, edits=1)
@@ -288,13 +242,63 @@ class Way(DeferredCase):
         self.assertEqual(self.pictures(), pairs)
         self.settle()
         self.assertEqual(self.api.prompts("batch_2"), ["job 22", "job 7"])
-        found = self.pictures()
-        new = {found[name] for name in set(found) - set(pairs)}
-        self.assertEqual(new, {picture_of("job 22"), picture_of("job 7")})
+        self.assertEqual(len(self.pictures()), 8)
+
+    def test_waits_longer_and_longer_and_tells_what_changes(self) -> None:
+        self.numbered(2)
+        begin = lambda: self.api.batches["batch_0"].update(status="in_progress")  # noqa: E731
+        with pauses(bool, begin, *[bool] * 9, self.api.end) as waits:
+            run = self.batch("--wait")
+        self.assertEqual(len(run.saved), 2)
+        self.assertEqual(waits, [min(10 * 1.5**number, 300) for number in range(12)])
+        told = re.findall(r"batch_0: \w+ \d/2", run.err)
+        self.assertEqual(told, ["batch_0: validating 0/2", "batch_0: in_progress 0/2"])
+
+    def test_waits_for_both_and_survives_what_passes(self) -> None:
+        self.both_kinds()
+        for reply in (OOPS, GATEWAY, SILENT, BEGUN, BUSY):
+            self.api.order(STATE, reply, skip=1)
+        first, second = (lambda name=name: self.api.end(name) for name in ("batch_1", "batch_0"))
+        with pauses(*[bool] * 4, first, *[bool] * 4, second) as waits:
+            self.assertEqual(len(self.batch("--wait").saved), 3)
+        self.assertEqual(len(waits), 10)
+
+    def test_ctrl_c(self) -> None:
+        self.numbered(2)
+        tool = self.start_tool(*self.words("--wait"))
+        self.hear(tool, "validating")
+        tool.send_signal(signal.SIGINT)
+        self.assertNotIn("billed", self.check(self.finish(tool), 130).err)
+        self.api.end()
+        self.assertEqual(len(self.batch("--wait").saved), 2)
+
+    def test_cancel(self) -> None:
+        self.numbered(3)
+        self.batch("--cancel", code=None)  # there is nothing yet
+        self.assertEqual(self.api.posts, [])
+        self.batch()
+        self.assertIn("cancelling", self.batch("--cancel").err)
+        self.api.result = answers(job_2=lost("batch_cancelled", "Cancelled."), job_3=None)
+        self.api.end(status="cancelled")
+        self.assertNotIn("may have been billed", self.batch("--cancel", code=9).err)
+        self.check_states("saved", "failed", "failed")
+        self.batch("--cancel", code=None)
+        self.check_batches(generations=1)
+        self.api.result = made
+        self.settle()
+        self.assertEqual(self.api.prompts("batch_1"), ["job 2", "job 3"])
+
+    def test_cancel_of_what_was_never_made(self) -> None:
+        self.numbered(1)
+        self.api.order(CREATE, GATEWAY)
+        self.batch(code=8)
+        self.batch("--cancel", code=None)
+        self.check_batches()
+        self.check_states("failed")
 
 
 class Kills(DeferredCase):
-    """SIGKILL and signals anywhere, then the same command until it is done."""
+    """Kills, signals, and calls that fail or end nobody knows how; then the same command again."""
 
     def test_at_each_request(self) -> None:
         """The curl of a create makes the batch, or ends, only while the next run waits for it."""
@@ -305,7 +309,8 @@ class Kills(DeferredCase):
         for what, done, skip in points:
             with self.subTest(what, done=done, skip=skip):
                 self.fresh()
-                held = self.kill_at(what, done=done, skip=skip)
+                held = self.api.hold(what, done=done, skip=skip)
+                self.kill_at(held)
                 if what != CREATE:
                     held.release.set()
                 with pauses(bool, held.release.set):
@@ -319,13 +324,9 @@ class Kills(DeferredCase):
         self.api.result = lambda line: served({"b64_json": b64(picture)})
         self.api.end()
         body = self.api.contents["file_1"]
-        self.addCleanup(held.release.set)
         chunks = (body[:200_000], held.reached.set, held.release, body[200_000:])
         self.api.order(CONTENT, Reply(chunks=chunks))
-        tool = self.start_tool(*self.words())
-        self.assertTrue(held.reached.wait(HANG), self.api)
-        tool.kill()
-        self.finish(tool)
+        self.kill_at(held)
         with pauses(bool, held.release.set) as waits:
             self.batch()
         self.assertGreater(len(waits), 1)
@@ -333,9 +334,10 @@ class Kills(DeferredCase):
 
     def test_another_batch_leaves_the_late_curl_of_a_create_alone(self) -> None:
         self.numbered(1)
-        held = self.kill_at(CREATE)
+        held = self.api.hold(CREATE)
+        self.kill_at(held)
         self.write("job 7")
-        for _ in ("begins", "looks after what is left of killed runs"):
+        for _ in range(2):  # begins; looks after what is left of killed runs
             self.batch("--output-dir", "other")
         self.numbered(1)
         with pauses(bool, held.release.set):
@@ -347,7 +349,8 @@ class Kills(DeferredCase):
         for signals in (1, 2):
             with self.subTest(signals=signals):
                 self.fresh()
-                tool, held = self.held_at(CREATE)
+                held = self.api.hold(CREATE)
+                tool = self.start_until(held)
                 tool.send_signal(signal.SIGINT)
                 self.hear(tool, "stopping")
                 if signals == 1:
@@ -359,70 +362,16 @@ class Kills(DeferredCase):
                     self.batch()
                 self.check_batches(generations=1)
 
-    def test_a_signal_while_results_are_saved(self) -> None:
-        self.submitted(4)
-        self.api.end()
-        sync, signals = os.fsync, [signal.SIGINT]
-
-        def interrupted(file: int) -> None:
-            sync(file)
-            if self.pictures() and signals:
-                signal.raise_signal(signals.pop())
-
-        with mock.patch("os.fsync", interrupted):
-            run = self.batch(code=130)
-        self.assertLess(len(run.saved), 4)
-        self.batch()
-        self.check_pictures("job 1", "job 2", "job 3", "job 4")
-
-    def test_within_the_journal(self) -> None:
-        """A kill leaves any number of lines; cut where nothing was sent yet, it's such a kill."""
-        self.both_kinds()
-        journal = self.folder / "results.jsonl"
-        for number in range(6):
-            with self.subTest(lines=number):
-                self.fresh()
-                self.kill_at(UPLOAD).release.set()
-                lines = journal.read_bytes().splitlines(keepends=True)
-                self.assertGreater(len(lines), 1)
-                journal.write_bytes(b"".join(lines[:number]))
-                self.check_end()
-
-    def test_while_a_link_is_fetched(self) -> None:
-        held = Hold()
-        self.addCleanup(held.release.set)
-        chunks = (held.reached.set, held.release, PICTURE)
-        link = self.api.put("/pictures/1.png", Reply(chunks=chunks))
-        self.api.result = answers(job_2=served({"url": link}), job_3=served({"url": link}))
-        self.submitted(4)
-        self.api.end()
-        tool = self.start_tool(*self.words())
-        self.assertTrue(held.reached.wait(HANG), self.api)
-        tool.kill()
-        self.finish(tool)
-        self.api.put("/pictures/1.png", PICTURE)
-        with pauses(bool, held.release.set):  # its curl is under way still
-            self.batch()
-        expected = {f"000{number}.png": PICTURE for number in (1, 2, 3)}
-        self.assertEqual(self.pictures(), {**expected, "0004.png": picture_of("job 4")})
-
-
-class Uncertain(DeferredCase):
-    """Calls that fail, and those whose outcome nobody knows."""
-
     def test_a_create_that_was_made_is_found_by_its_metadata(self) -> None:
-        odd = {"no id": json_reply({}), "an odd id": json_reply({"id": "../batch_0"})}
-        timeout = {"504": page(504, "Gateway Time-out")}
+        odd = (page(504, "Time-out"), json_reply({}), json_reply({"id": "../batch_0"}))
         self.numbered(2)
-        for name, reply in {**UNCLEAR, **timeout, **odd}.items():
-            with self.subTest(name):
+        for reply in (*UNCLEAR, *odd):
+            with self.subTest(reply.body, status=reply.status):
                 self.fresh()
                 self.api.order(CREATE, reply, done=True)
                 self.batch(code=8)
                 self.api.foreign(5)  # so that ours is on the third page
-                looks = len(self.api.asked(CHECK))
                 self.assertIn("batch_0: validating 0/2", self.batch().err)
-                self.assertGreaterEqual(len(self.api.asked(CHECK)) - looks, 3)
                 self.check_batches(generations=1)
         self.assertFalse([request for request in self.api.requests if ".." in request.path])
 
@@ -440,7 +389,7 @@ class Uncertain(DeferredCase):
 
     def test_calls_that_fail_for_sure_leave_the_jobs_free(self) -> None:
         """An upload costs nothing, whatever comes of it."""
-        cases = [(UPLOAD, reply, done) for reply in UNCLEAR.values() for done in (False, True)]
+        cases = [(UPLOAD, reply, done) for reply in UNCLEAR for done in (False, True)]
         cases += [(UPLOAD, json_reply({"id": "file:1/2"}), False)]
         cases += [(UPLOAD, refusal(400, "invalid_file", "No."), False), (CREATE, BUSY, False)]
         cases += [(CREATE, refusal(400, "billing_hard_limit_reached", "Limit."), False)]
@@ -458,7 +407,6 @@ class Uncertain(DeferredCase):
                     self.check_nothing_left()
                 self.batch()
                 self.check_batches(generations=1)
-                self.assertEqual(self.api.prompts(), ["job 1", "job 2"])
 
     def test_a_look_that_fails_changes_nothing(self) -> None:
         self.submitted(2)
@@ -483,88 +431,17 @@ class Uncertain(DeferredCase):
         self.batch()
         self.numbered(2)
         posts, before = len(self.api.posts), (self.listing(), self.lines())
-        for reply, word in (
-            (page(404, "Not Found"), "/batches"),
-            (refusal(404, "not_found", "Invalid URL (GET /v1/batches)"), "/batches"),
-            (page(405, "Method Not Allowed"), "/batches"),
-            (page(501, "Not Implemented"), "/batches"),
-            (page(200, "Welcome"), "/batches"),
-            (json_reply({"object": "list"}), "/batches"),
-            (refusal(401, "invalid_api_key", "Wrong key."), "Wrong key"),
-        ):
+        rows = [(page(status, "No"), 1, "/batches") for status in (200, 404, 405, 501)]
+        rows += [(refusal(404, "not_found", "Invalid URL"), 1, "/batches")]
+        rows += [(json_reply({"object": "list"}), 1, "/batches")]
+        for reply, code, word in (*rows, (refusal(401, "x", "Wrong key."), 4, "Wrong key")):
             with self.subTest(reply.body):
                 self.api.always = reply
-                run = self.batch(code=1 if word == "/batches" else 4)
+                run = self.batch(code=code)
                 self.assertIn(word, run.err)
                 self.assertEqual(len(run.err.splitlines()), 1)
                 self.assertEqual((self.listing(), self.lines()), before)
         self.assertEqual(len(self.api.posts), posts)
-        self.check_states("saved")
-
-
-class Waiting(DeferredCase):
-    """--wait and --cancel."""
-
-    def test_waits_longer_and_longer_and_tells_what_changes(self) -> None:
-        self.numbered(2)
-        begin = lambda: self.api.batches["batch_0"].update(status="in_progress")  # noqa: E731
-        with pauses(bool, begin, *[bool] * 9, self.api.end) as waits:
-            run = self.batch("--wait")
-        self.assertEqual(len(run.saved), 2)
-        growth = [10 * 1.5**number for number in range(20)]
-        self.assertEqual(waits, [min(seconds, 300) for seconds in growth][: len(waits)])
-        self.assertEqual(len(waits), 12)
-        told = re.findall(r"batch_0: \w+ \d/2", run.err)
-        self.assertEqual(told, ["batch_0: validating 0/2", "batch_0: in_progress 0/2"])
-
-    def test_waits_for_both_and_survives_what_passes(self) -> None:
-        self.both_kinds()
-        for reply in (OOPS, GATEWAY, SILENT, BEGUN, BUSY):
-            self.api.order(STATE, reply, skip=1)
-        first, second = (lambda name=name: self.api.end(name) for name in ("batch_1", "batch_0"))
-        with pauses(*[bool] * 4, first, *[bool] * 4, second) as waits:
-            self.assertEqual(len(self.batch("--wait").saved), 3)
-        self.assertEqual(len(waits), 10)
-
-    def test_ctrl_c(self) -> None:
-        self.numbered(2)
-        tool = self.start_tool(*self.words("--wait"))
-        self.hear(tool, "validating")
-        tool.send_signal(signal.SIGINT)
-        run = self.check(self.finish(tool), 130)
-        self.assertEqual(run.out, "")
-        self.assertNotIn("billed", run.err)
-        self.api.end()
-        self.assertEqual(len(self.batch("--wait").saved), 2)
-        self.check_batches(generations=1)
-
-    def test_cancel(self) -> None:
-        self.numbered(3)
-        self.batch("--cancel", code=None)  # there is nothing yet
-        self.assertEqual(self.api.posts, [])
-        self.batch()
-        self.assertIn("cancelling", self.batch("--cancel").err)
-        self.api.result = answers(job_2=CANCELLED, job_3=None)
-        self.api.end(status="cancelled")
-        self.assertNotIn("may have been billed", self.batch("--cancel", code=9).err)
-        self.check_states("saved", "failed", "failed")
-        self.batch("--cancel", code=None)
-        self.check_batches(generations=1)
-        self.api.result = made
-        self.settle()
-        self.assertEqual(self.api.prompts("batch_1"), ["job 2", "job 3"])
-        self.check_pictures("job 1", "job 2", "job 3")
-
-    def test_cancel_of_what_was_never_made(self) -> None:
-        self.numbered(1)
-        for what in (UPLOAD, CREATE):
-            with self.subTest(what):
-                self.fresh()
-                self.api.order(what, GATEWAY)
-                self.batch(code=None)
-                self.batch("--cancel", code=None)
-                self.check_batches()
-                self.check_states("failed")
 
 
 class Ends(DeferredCase):
@@ -576,81 +453,62 @@ class Ends(DeferredCase):
             job_3=refused(500, "server_error"),
             job_4=lost("batch_expired", "This request could not be executed."),
             job_5=None,
-            job_6=refused(400, "invalid_value"),
-            job_7=refused(429, "rate_limit_exceeded"),
-            job_8=refused(503, "overloaded"),
+            job_6=refused(429, "rate_limit_exceeded"),
         )
-        self.submitted(8)
+        self.submitted(6)
         self.api.end(status="expired")
-        run = self.batch(code=9)
-        self.assertEqual(len(run.saved), 1)
-        self.assertNotIn("may have been billed", run.err)
-        ends = ["saved", "refused", "failed", "failed", "failed", "refused", "failed", "failed"]
-        self.check_states(*ends)
+        self.assertNotIn("may have been billed", self.batch(code=9).err)
+        self.check_states("saved", "refused", "failed", "failed", "failed", "failed")
         self.api.result = made
         self.batch()
-        again = ["job 3", "job 4", "job 5", "job 7", "job 8"]
-        self.assertEqual(self.api.prompts("batch_1"), again)
+        self.assertEqual(self.api.prompts("batch_1"), ["job 3", "job 4", "job 5", "job 6"])
         self.api.end("batch_1")
         self.batch(code=9)
         self.batch(code=9)
         self.check_batches(generations=2)
-        self.check_pictures("job 1", *again)
+        self.check_pictures("job 1", "job 3", "job 4", "job 5", "job 6")
 
-    def test_batches_without_any_file(self) -> None:
+    def test_a_batch_without_any_file(self) -> None:
         errors = {"data": [{"code": "x", "message": "Enqueued token limit.", "line": None}]}
-        for status, word in (("failed", "Enqueued token limit."), ("expired", "expired")):
-            with self.subTest(status):
-                self.fresh()
-                self.submitted(2)
-                self.api.batches["batch_0"].update(status=status, errors=errors)
-                self.api.good["batch_0"] = set()
-                run = self.batch(code=1)
-                self.assertIn(word, run.err)
-                self.assertNotIn("may have been billed", run.err)
-                self.check_states("failed", "failed")
-                self.settle()
-                self.check_pictures("job 1", "job 2")
+        self.submitted(2)
+        self.api.batches["batch_0"].update(status="failed", errors=errors)
+        self.api.good["batch_0"] = set()
+        run = self.batch(code=1)
+        self.assertIn("Enqueued token limit.", run.err)
+        self.assertNotIn("may have been billed", run.err)
+        self.check_states("failed", "failed")
+        self.settle()
+        self.check_pictures("job 1", "job 2")
 
     def test_a_job_without_a_word_in_a_whole_batch_is_unknown(self) -> None:
         self.api.result = answers(job_2=None)
         self.submitted(2)
         self.api.end()
-        self.batch(code=9)
-        self.check_states("saved", "unknown")
-        self.batch(code=9)
+        for _ in range(2):
+            self.batch(code=9)
+            self.check_states("saved", "unknown")
         self.check_batches(generations=1)
-        self.api.result = made
         self.batch("--redo", "unknown")
         self.assertEqual(self.api.prompts("batch_1"), ["job 2"])
 
     def test_results_in_another_dress(self) -> None:
+        """Links, packed by gzip, with a byte order mark, without the last line break."""
         link = self.api.put("/pictures/2.png", picture_of("job 2"))
-        urls = answers(job_1=served({"url": data_url(PICTURE)}), job_2=served({"url": link}))
-        shapes: dict[str, Callable[[bytes], bytes]] = {
-            "gzip": gzip.compress,
-            "BOM": lambda body: b"\xef\xbb\xbf" + body,
-            "no last line break": lambda body: body.rstrip(b"\n"),
-        }
-        for name, shape in shapes.items():
-            with self.subTest(name):
-                self.fresh()
-                self.submitted(2)
-                self.api.result = urls
-                self.api.end(shape=shape)
-                self.batch()
-                self.check_pictures("job 1", "job 2")
+        data = {"job_1": served({"url": data_url(PICTURE)}), "job_2": served({"url": link})}
+        self.api.result = answers(**data)
+        self.submitted(2)
+        self.api.end(shape=lambda body: gzip.compress(b"\xef\xbb\xbf" + body.rstrip(b"\n")))
+        self.batch()
+        self.check_pictures("job 1", "job 2")
 
     def test_odd_lines_among_the_results(self) -> None:
-        """Foreign ids, rubbish, too much text, a duplicate, and a last line that is torn."""
-        junk = [b'{"custom_id": "x", "response": [' + b"1, " * n + b"1]}" for n in (3, 4)]
-        junk = [line.replace(b"1, ", b"1, " * 950_000) for line in junk]
+        """Foreign ids, rubbish, a duplicate, and a last line that is torn."""
+        rubbish = b'\xff\n[]\nnull\n{"custom_id": 7}\n{"custom_id": "a", "response": []}\n'
 
         def shape(body: bytes) -> bytes:
             first, second, third = body.splitlines()
             strange = first.replace(b'"custom_id": "', b'"custom_id": "x')
-            rubbish = b'\xff\n[]\nnull\n{"custom_id": 7}\n{"custom_id": "a", "response": []}\n'
-            lines = [strange, first, rubbish, junk[0], first, junk[1], second, third[:-80]]
+            lines = [strange, first, rubbish, first, second, third[:-80]]
             return b"\n".join(lines)
 
         self.submitted(3)
@@ -679,11 +537,10 @@ class Ends(DeferredCase):
 
     def test_a_file_in_the_place_of_a_folder(self) -> None:
         """Only what has a picture for it waits."""
-        ends = (refused(400, "invalid_value"), lost("batch_expired", "Expired."), None)
-        self.api.result = answers(job_3=ends[0], job_4=ends[1], job_5=ends[2])
-        self.write(
-            "job 1", *({"prompt": f"job {n}", "output": f"sub/{n}.png"} for n in range(2, 6))
+        self.api.result = answers(
+            job_3=refused(400, "invalid_value"), job_4=lost("batch_expired", "Expired."), job_5=None
         )
+        self.write(*({"prompt": f"job {n}", "output": f"sub/{n}.png"} for n in range(2, 6)))
         self.batch()
         self.api.end(status="expired")
         blocked = self.folder / "sub"
@@ -692,22 +549,8 @@ class Ends(DeferredCase):
             self.assertIn(self.batch("--wait", code=None).code, (9, 10))
         blocked.unlink()
         self.batch("--cancel", code=9)
-        expected = {"0001.png": PICTURE, "sub/2.png": picture_of("job 2")}
-        self.assertEqual(self.pictures(), expected)
-        self.check_states("saved", "saved", "refused", "failed", "failed")
-        self.check_nothing_left()
-
-    def test_a_read_only_folder(self) -> None:
-        self.heed_permissions()
-        self.write({"prompt": "job 1", "n": 2}, "job 2")
-        self.batch()
-        self.api.end()
-        self.folder.chmod(0o500)
-        self.assertNotEqual(self.batch(code=None).code, 0)
-        self.folder.chmod(0o700)
-        self.batch()
-        expected = {f"0001-{k}.png": picture_of("job 1", k) for k in (1, 2)}
-        self.assertEqual(self.pictures(), {**expected, "0002.png": picture_of("job 2")})
+        self.assertEqual(self.pictures(), {"sub/2.png": picture_of("job 2")})
+        self.check_states("saved", "refused", "failed", "failed")
         self.check_nothing_left()
 
     def test_downloads_that_are_cut_go_on(self) -> None:
@@ -720,22 +563,7 @@ class Ends(DeferredCase):
             self.batch()
         self.check_pictures("job 1", "job 2", "job 3", "job 4")
         ranges = [request.headers.get("range") for request in self.api.asked(CONTENT)]
-        steps = [None, *(f"bytes={self.api.cut * k}-" for k in range(1, 6))]
-        self.assertEqual(ranges, steps)
-
-    def test_downloads_that_fail_for_now(self) -> None:
-        self.numbered(2)
-        for name, first in {"500": OOPS, "silent": SILENT, "knows no ranges": None}.items():
-            with self.subTest(name), pauses():
-                self.fresh()
-                self.batch()
-                self.api.end()
-                whole = Reply(body=self.api.contents["file_1"])
-                self.api.order(CONTENT, first or whole._replace(cut=200))
-                self.api.order(CONTENT, whole)
-                self.api.order(CONTENT, whole)
-                self.batch()
-                self.check_pictures("job 1", "job 2")
+        self.assertEqual(ranges, [None, *(f"bytes={self.api.cut * k}-" for k in range(1, 6))])
 
     def test_a_file_that_expired(self) -> None:
         """Its jobs were billed and nothing will bring them: unknown, and others may be sent."""
@@ -752,33 +580,28 @@ class Ends(DeferredCase):
 class Limits(DeferredCase):
     """What is not even begun, and what stands beside it."""
 
-    def test_more_than_the_api_takes(self) -> None:
+    def test_more_than_the_api_takes_and_options_that_do_not_go_together(self) -> None:
         self.numbered(5)
-        before = self.listing()
         limits = (("MAX_DEFERRED_REQUESTS", 50_000, 4), ("MAX_DEFERRED_BYTES", 200_000_000, 400))
         for name, limit, least in limits:
             self.assertEqual(getattr(gpt_image2, name), limit)
             with self.subTest(name), mock.patch.object(gpt_image2, name, least):
                 self.assertIn("--shard", self.batch(code=2).err)
                 self.check_nothing_left()
-        self.assertEqual((self.api.posts, self.listing()), ([], before))
-
-    def test_options_that_do_not_go_together(self) -> None:
-        self.numbered(1)
         for option in ("--stream", "--sandbox"):
             self.batch(option, code=2)
         for option in ("--wait", "--cancel"):
             self.at_once(option, code=2)
-        self.check_nothing_left()
-        self.assertEqual(self.api.posts, [])
+        self.assertEqual((self.api.posts, self.folder.exists()), ([], False))
 
     def test_shards_at_once_on_two_machines(self) -> None:
         """They share the output folder, not the state folder; each shard has its lock."""
         self.numbered(4)
         elsewhere = {"XDG_STATE_HOME": str(self.tmp / "other")}
-        first, held = self.held_at(CREATE, "--shard", "1/2")
-        self.assertIn(str(first.pid), self.batch("--shard", "1/2", code=2).err)
-        self.assertIn(str(first.pid), self.at_once("--shard", "1/2", code=2).err)
+        held = self.api.hold(CREATE)
+        first = self.start_until(held, "--shard", "1/2")
+        for again in (self.batch, self.at_once):
+            self.assertIn(str(first.pid), again("--shard", "1/2", code=2).err)
         self.check(self.run_tool(*self.words("--shard", "2/2"), env=elsewhere), 0)
         held.release.set()
         self.check(self.finish(first), 0)
@@ -795,17 +618,11 @@ class Limits(DeferredCase):
         posts = len(self.api.posts)
         self.assertIn("--deferred", self.at_once(code=1).err)
         for redo, code in (("failed", 1), ("unknown", 1), ("0001", 2), ("all", 2)):
-            with self.subTest(redo):
-                self.at_once("--redo", redo, code=code)
+            self.at_once("--redo", redo, code=code)
         self.at_once("--quality", "low", code=2)
         self.batch("--quality", "low", code=2)
         self.batch("--redo", "all")
         self.assertEqual(len(self.api.posts), posts)
-        other = self.serve(otherwise=OOPS)
-        other.put("/v1/batches", json_reply({"object": "list", "data": []}))
-        run = self.run_tool(*self.words("--base-url", other.base_url, "--api-key", KEY))
-        self.assertIn(self.api.base_url, self.check(run, 2).err)
-        self.assertEqual(other.posts, [])
         self.api.end()
         self.assertEqual(len(self.batch().saved), 2)
         self.at_once()
@@ -813,55 +630,45 @@ class Limits(DeferredCase):
 
     def test_it_costs_half_wherever_it_is_told(self) -> None:
         self.numbered(2)
-        full, half = (
-            float(run.out.rpartition("$")[2])
-            for run in (self.at_once(*LOW, "--dry-run"), self.batch(*LOW, "--dry-run"))
-        )
+        dry = (self.at_once(*LOW, "--dry-run"), self.batch(*LOW, "--dry-run"))
+        full, half = (float(run.out.rpartition("$")[2]) for run in dry)
         self.assertAlmostEqual(full / 2, half, delta=0.0001)
         self.assertEqual(self.api.requests, [])
-        for limit in (half - 0.0011, 0.0001):
-            self.batch(*LOW, "--max-cost", f"{limit:.4f}", code=2)
+        self.batch(*LOW, "--max-cost", f"{half - 0.0011:.4f}", code=2)
         self.assertEqual((self.api.posts, self.folder.exists()), ([], False))
         self.batch(*LOW, "--max-cost", f"{half + 0.0011:.4f}")
         self.assertAlmostEqual(sum(line["estimate"] for line in self.lines()), half, delta=0.0001)
         self.api.end()
         run = self.batch(*LOW, "--json", "--max-cost", "0.0001")  # it is paid already
-        self.assertIn("$0.0083", run.err)
         *jobs, told = [json.loads(line) for line in run.out.splitlines()]
-        self.assertEqual([job["state"] for job in jobs], ["saved", "saved"])
-        paths = [image["path"] for job in jobs for image in job["images"]]
-        self.assertEqual(paths, [str(self.folder / f"000{number}.png") for number in (1, 2)])
+        names = [os.path.basename(job["images"][0]["path"]) for job in jobs]
+        self.assertEqual(names, ["0001.png", "0002.png"])
         self.assertEqual((told["summary"]["jobs"], told["summary"]["saved"]), (2, 2))
         self.assertAlmostEqual(told["summary"]["cost"]["amount"], 0.00828, delta=0.00001)
         costs = [line["cost"]["amount"] for line in self.lines() if line["state"] == "saved"]
         self.assertEqual([round(cost, 5) for cost in costs], [0.00414, 0.00414])
-        self.numbered(3)
-        self.api.script.append(answer(picture_of("job 3")))
-        self.at_once(*LOW)
-        told_later = self.check(self.run_tool("history"), 0).out
-        self.assertEqual(told_later.count("$0.0041 batch"), 2)
-        self.assertEqual(told_later.count("$0.0083"), 1)
+        history = self.check(self.run_tool("history"), 0).out
+        self.assertEqual(history.count("$0.0041 batch"), 2)
 
     def test_a_journal_from_elsewhere_removes_nothing(self) -> None:
         """The key of a batch names a folder; a journal that came with an output folder may lie."""
         victim = self.tmp / "victim"
+        folders = (victim, self.kept, self.folder)
         keys = dict.fromkeys((str(victim), "../../../victim", "", "."), "batch_1")
         keys["0123456789abcdef"] = "../models"
         for step in ("uploading", "created"):
-            with self.subTest(step):
-                self.fresh()
-                self.submitted(1)
-                for folder in (victim, self.kept, self.folder):
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / "precious").write_text("mine")
-                self.api.batches["batch_1"] = {"id": "batch_1", "status": "expired"}
-                with (self.folder / "results.jsonl").open("a") as file:
-                    for key, name in keys.items():
-                        job = {"identity": f"{key}-1", "id": key, "state": "deferred"}
-                        batch = {"state": "batch", "key": key, "step": step, "batch_id": name}
-                        for row in ({**job, "job_id": key}, batch):
-                            file.write(json.dumps({"schema": 1, **row}) + "\n")
-                self.batch(code=None)
-                for folder in (victim, self.kept, self.folder):
-                    self.assertTrue((folder / "precious").exists())
+            self.fresh()
+            self.submitted(1)
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "precious").write_text("mine")
+            self.api.batches["batch_1"] = {"id": "batch_1", "status": "expired"}
+            with (self.folder / "results.jsonl").open("a") as file:
+                for key, name in keys.items():
+                    job = {"identity": f"{key}-1", "id": key, "state": "deferred", "job_id": key}
+                    batch = {"state": "batch", "key": key, "step": step, "batch_id": name}
+                    for row in (job, batch):
+                        file.write(json.dumps({"schema": 1, **row}) + "\n")
+            self.batch(code=None)
+            self.assertTrue(all((folder / "precious").exists() for folder in folders))
         self.assertEqual(self.api.asked("GET /v1/models"), [])

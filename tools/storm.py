@@ -7,10 +7,7 @@
 
 The tool alone is killed, as a caller's time-out does, at a random time, request or journal line;
 its curls live on. Then the same command is run until it ends the same way twice. What becomes of
-each job is drawn beforehand:
-
-plain: 5 % meet a 429 first, 1 % a 503 with Retry-After, 2 % a JSON 500, 1 % a cut connection;
-deferred: every 10th is an edit; 3 % are refused, 5 % fail and 7 % expire when asked for first.
+each job is drawn beforehand (PLAIN, DEFERRED); of deferred jobs every 10th is an edit.
 
 Prints a Markdown table. Ends with 1 if an image was lost or doubled, or a job was paid for twice.
 """
@@ -56,13 +53,12 @@ class Weather:
         self.api.otherwise = self.answered
 
     def next_of(self, prompt: str) -> str:
-        """Return what becomes of a job now: only a refusal comes more than once."""
+        # Only a refusal comes more than once.
         first = self.kinds[prompt] == "refused" or not self.told[prompt]
         self.told[prompt].append(self.kinds[prompt] if first else "made")
         return self.told[prompt][-1]
 
     def answered(self, request: Request) -> Reply:
-        """Answer a POST of either API."""
         if not request.path.startswith("/v1/images"):
             return self.api.answered(request)
         prompt = request.json["prompt"]
@@ -77,7 +73,6 @@ class Weather:
         }[self.next_of(prompt)]
 
     def result(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Return what a batch brings for a job."""
         return {
             "refused": refused(400, "moderation_blocked"),
             "failed": refused(500, "server_error"),
@@ -126,7 +121,6 @@ class Storm:
                 return
 
     def run(self, kill: bool = False) -> None:
-        """Run the command once."""
         with (self.root / "stderr.txt").open("ab") as log:
             tool = subprocess.Popen(self.argv, cwd=self.root, env=self.env, stdout=log, stderr=log)
             now = self.moment()
@@ -150,10 +144,7 @@ class Storm:
         )
 
     def table(self, seconds: float, without: Iterable[str]) -> tuple[str, bool]:
-        """Return what came of it as a Markdown table, and whether all is well.
-
-        `without` are the states of jobs that need have no image.
-        """
+        """Return a table, and whether all is well; jobs in a state of `without` need no image."""
         weather, entries = self.weather, map(json.loads, self.journal.read_text().splitlines())
         states = {entry["prompt"]: entry["state"] for entry in entries if "prompt" in entry}
         due = {picture_of(prompt): prompt for prompt in weather.kinds}
@@ -169,29 +160,26 @@ class Storm:
         ends = [str(code) for code in self.codes if code != -signal.SIGKILL]
         rows = {
             "jobs": counted(weather.kinds.values()),
-            "runs": f"{len(self.codes)}, of these killed {len(self.codes) - len(ends)}",
+            "runs killed": len(self.codes) - len(ends),
             "exit codes of the others": counted(ends),
             "states": counted(states.values()),
             **faults,
-            "seconds": f"{seconds:.1f}",
+            "seconds": round(seconds),
         }
         lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
         return "\n".join(lines), not any(faults.values())
 
 
 def size_of(path: Path) -> int:
-    """Return the size of a file that may not be there."""
     return path.stat().st_size if path.exists() else 0
 
 
 def counted(words: Iterable[str]) -> str:
-    """Return how often each word comes."""
-    counts = collections.Counter(words)
-    return ", ".join(f"{word} x {counts[word]}" for word in sorted(counts))
+    counts = sorted(collections.Counter(words).items())
+    return ", ".join(f"{word} x {number}" for word, number in counts)
 
 
-def main() -> int:
-    """Print the table of one storm."""
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -208,12 +196,10 @@ def main() -> int:
     table, well = storm.table(time.monotonic() - started, without)
     weather.api.close()
     print(table)
-    if well:
-        shutil.rmtree(root)
-    else:
-        print(f"\nall of it is in {root}")
-    return 0 if well else 1
+    if not well:
+        sys.exit(f"\nall of it is in {root}")
+    shutil.rmtree(root)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
