@@ -3,7 +3,7 @@
     api = Api(answer(png(8, 8)), refusal(400, "invalid_value", "No such size."))
     api.posts[0].json["prompt"]
 
-It knows HTTP and the images API, and nothing of the tool. Nothing waits without a bound.
+It knows HTTP and the images API, and nothing of the tool.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ class Part(NamedTuple):
     name: str
     filename: str | None
     content_type: str | None
-    headers: dict[str, str]
     body: bytes
 
 
@@ -52,12 +51,10 @@ class Request(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The target without its query."""
         return self.target.partition("?")[0]
 
     @property
     def json(self) -> Any:
-        """The body, parsed as JSON."""
         return json.loads(self.body)
 
     @property
@@ -125,11 +122,10 @@ def parse_part(piece: bytes) -> Part:
     match = re.fullmatch(r'form-data; name="([^"]*)"(?:; filename="([^"]*)")?', disposition)
     if not match:
         raise ValueError(f"not a form field: {disposition!r}")
-    return Part(match[1], match[2], headers.get("content-type"), headers, body)
+    return Part(match[1], match[2], headers.get("content-type"), body)
 
 
 # ---- What the server answers ------------------------------------------------------------------
-
 
 Chunk = Union[bytes, threading.Event, Callable[[], object]]
 
@@ -228,8 +224,9 @@ def hk_answer(*images: bytes | str, **extra: Any) -> Reply:
 
 def models(*names: str) -> Reply:
     """Return the answer of GET /v1/models."""
-    listed = [{"id": name, "object": "model"} for name in names]
-    return json_reply({"object": "list", "data": listed})
+    return json_reply(
+        {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
+    )
 
 
 def refusal(
@@ -242,8 +239,9 @@ def refusal(
 
 def json_reply(value: Any, status: int = 200, headers: Headers = ()) -> Reply:
     """Return any JSON."""
-    typed = [("Content-Type", "application/json"), *headers]
-    return Reply(status, json.dumps(value).encode(), typed)
+    return Reply(
+        status, json.dumps(value).encode(), [("Content-Type", "application/json"), *headers]
+    )
 
 
 def page(status: int, text: str, headers: Headers = ()) -> Reply:
@@ -253,17 +251,13 @@ def page(status: int, text: str, headers: Headers = ()) -> Reply:
 
 
 def event_stream(*events: Json | str | Chunk, headers: Headers = ()) -> Reply:
-    """Return an SSE answer, sent event by event.
-
-    A mapping is one event (its "type" becomes the `event:` line), a string one event with that
-    text as data ("[DONE]"); bytes, Events and functions are chunks of a Reply.
-    """
+    """Return an SSE answer, sent event by event: see sse(), and the chunks of a Reply."""
     typed = [("Content-Type", "text/event-stream; charset=utf-8"), *headers]
     return Reply(headers=typed, chunks=[sse(event) for event in events], framing="chunked")
 
 
 def sse(event: Json | str | Chunk) -> Chunk:
-    """Return one event as it goes over the line; what is no event stays as it is."""
+    """Return one event as it goes over the line: a mapping with its type, or a text as data."""
     if isinstance(event, str):
         return f"data: {event}\n\n".encode()
     if isinstance(event, Mapping):
@@ -278,13 +272,10 @@ def partial_event(image: bytes, index: int = 0, *, kind: str = "image_generation
     return {"type": f"{kind}.partial_image", **fields}
 
 
-def completed_event(
-    image: bytes, *, kind: str = "image_generation", usage: Json | None = None
-) -> Json:
+def completed_event(image: bytes, *, kind: str = "image_generation") -> Json:
     """Return the event that carries a finished image."""
     fields = {"b64_json": b64(image), "created_at": 1763694000}
-    told = OPENAI_USAGE if usage is None else usage
-    return {"type": f"{kind}.completed", **fields, "usage": told}
+    return {"type": f"{kind}.completed", **fields, "usage": OPENAI_USAGE}
 
 
 def in_pieces(reply: Reply, size: int) -> Reply:
@@ -293,9 +284,9 @@ def in_pieces(reply: Reply, size: int) -> Reply:
     return reply._replace(chunks=[reply.body[at : at + size] for at in starts])
 
 
-def file_reply(body: bytes, content_type: str = "image/png") -> Reply:
-    """Return a file as a download gives it."""
-    return Reply(200, body, [("Content-Type", content_type)])
+def file_reply(body: bytes) -> Reply:
+    """Return a picture as a download gives it."""
+    return Reply(200, body, [("Content-Type", "image/png")])
 
 
 def ranged(body: bytes, *, cut: int | None = None) -> Callable[[Request], Reply]:
@@ -315,8 +306,8 @@ def ranged(body: bytes, *, cut: int | None = None) -> Callable[[Request], Reply]
 
 def wire(reply: Reply) -> Iterator[Chunk]:
     """Yield what goes over the line, in order."""
-    says_what = reply.cut is not None or reply.raw is not None or reply.chunks
-    if reply.silent or (reply.reset and not says_what):
+    says_nothing = reply.cut is None and reply.raw is None and not reply.chunks
+    if reply.silent or (reply.reset and says_nothing):
         return
     if reply.raw is not None:
         yield reply.raw
@@ -354,7 +345,6 @@ def reply_head(reply: Reply) -> bytes:
 
 # ---- The server -------------------------------------------------------------------------------
 
-
 Script = Union[Reply, Callable[[Request], Reply]]
 
 
@@ -375,7 +365,6 @@ class Api:
         self.script, self.otherwise, self.strict = deque(replies), otherwise, strict
         self.files: dict[str, Script | list[Script]] = {}
         self.requests: list[Request] = []
-        self.incomplete: list[Request] = []  # whose client left before the body was whole
         self.faults: list[str] = []
         self.connections = 0
         self._changed = threading.Condition()
@@ -394,12 +383,10 @@ class Api:
 
     @property
     def posts(self) -> list[Request]:
-        """The POST requests so far."""
         return [request for request in self.requests if request.method == "POST"]
 
     @property
     def gets(self) -> list[Request]:
-        """The GET requests so far."""
         return [request for request in self.requests if request.method == "GET"]
 
     def wait_for_request(self, n: int = 1) -> Request:
@@ -478,11 +465,10 @@ class Api:
         request = parse_head(head)
         script = self._taken(request, early=True)
         if script is None:
-            body = read_body(connection, reader, request)
-            request = request._replace(body=body)
-            if len(body) < int(request.headers.get("content-length", 0)):
-                self.incomplete.append(request)
-                return
+            size = int(request.headers.get("content-length", 0))
+            request = request._replace(body=reader.read(size))
+            if len(request.body) < size:
+                return  # the client left before the body was whole
             script = self._taken(request)
         reply = script if isinstance(script, Reply) else self._called(script, request)
         self._deliver(connection, reply._replace(cut=0) if request.method == "HEAD" else reply)
@@ -500,11 +486,10 @@ class Api:
         if tail and not reply.early:
             self.faults.append(f"sent after the end of {request.method}: {tail!r}")
 
-    def _called(self, script: Any, request: Request) -> Reply:
+    def _called(self, script: Callable[[Request], Reply], request: Request) -> Reply:
         """Return what a function answers; a failing one is a fault and answers with silence."""
         try:
-            reply: Reply = script(request)
-            return reply
+            return script(request)
         except Exception:  # noqa: BLE001  an OSError of the test's is not the client's
             self.faults.append(traceback.format_exc())
             return Reply(silent=True)
@@ -540,22 +525,19 @@ class Api:
             return self._next_post(request) if request.method == "POST" else self._file(request)
 
     def _next_post(self, request: Request) -> Script:
-        if self.script:
-            return self.script.popleft()
-        if self.otherwise is not None:
-            return self.otherwise
+        following = self.script.popleft() if self.script else self.otherwise
+        if following is not None:
+            return following
         self.faults.append(f"unscripted {request.method} {request.target}")
         return refusal(400, "unscripted", "The test has no reply for this request.")
 
     def _file(self, request: Request) -> Script:
         script = self.files.get(request.target, self.files.get(request.path))
-        if script is not None and not isinstance(script, list):
-            return script
-        if script:
-            return script.pop(0)
-        if script is not None:
+        if script == []:
             self.faults.append(f"no more replies for {request.method} {request.target}")
-        return refusal(404, None, f"Nothing at {request.target}")
+        if not script:
+            return refusal(404, None, f"Nothing at {request.target}")
+        return script.pop(0) if isinstance(script, list) else script
 
 
 def read_head(reader: io.BufferedReader) -> bytes | None:
@@ -568,12 +550,3 @@ def read_head(reader: io.BufferedReader) -> bytes | None:
             return None
         lines.append(line)
     return b"".join(lines)[:-2]
-
-
-def read_body(connection: socket.socket, reader: io.BufferedReader, request: Request) -> bytes:
-    """Return the body of a request, or as much as came; asks for it if the client waits."""
-    if "transfer-encoding" in request.headers:
-        raise ValueError("the server doesn't take chunked requests")
-    if request.headers.get("expect", "").lower() == "100-continue":
-        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-    return reader.read(int(request.headers.get("content-length", 0)))

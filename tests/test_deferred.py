@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import gzip
 import json
 import os
 import re
@@ -212,16 +211,6 @@ class Way(DeferredCase):
         self.assertEqual(found, [data_url(picture) for picture in (png(32, 32), png(32, 32), mask)])
         self.api.end("batch_0")
         self.assertIn("batch_1: cancelling", self.batch("--cancel").err)
-
-    def test_how_far_it_is(self) -> None:
-        self.submitted(4)
-        counts = {"total": 4, "completed": 2, "failed": 1}
-        row = {"id": "batch_0", "endpoint": "/v1/images/generations", **counts}
-        for status in ("in_progress", "something_new"):
-            self.api.batches["batch_0"].update(status=status, request_counts=counts)
-            self.assertIn(f"batch_0: {status} 2/4", self.batch().err)
-            told = self.batch("--json").json
-            self.assertEqual((told["ok"], told["deferred"]), (True, [{**row, "status": status}]))
 
     def test_lines_that_are_gone_or_changed_meanwhile(self) -> None:
         """What is saved, and under which name, is as it was when the jobs were submitted."""
@@ -491,16 +480,6 @@ class Ends(DeferredCase):
         self.batch("--redo", "unknown")
         self.assertEqual(self.api.prompts("batch_1"), ["job 2"])
 
-    def test_results_in_another_dress(self) -> None:
-        """Links, packed by gzip, with a byte order mark, without the last line break."""
-        link = self.api.put("/pictures/2.png", picture_of("job 2"))
-        data = {"job_1": served({"url": data_url(PICTURE)}), "job_2": served({"url": link})}
-        self.api.result = answers(**data)
-        self.submitted(2)
-        self.api.end(shape=lambda body: gzip.compress(b"\xef\xbb\xbf" + body.rstrip(b"\n")))
-        self.batch()
-        self.check_pictures("job 1", "job 2")
-
     def test_odd_lines_among_the_results(self) -> None:
         """Foreign ids, rubbish, a duplicate, and a last line that is torn."""
         rubbish = b'\xff\n[]\nnull\n{"custom_id": 7}\n{"custom_id": "a", "response": []}\n'
@@ -534,24 +513,6 @@ class Ends(DeferredCase):
                 self.batch(code=None)
                 self.batch(code=None)
                 self.assertEqual(self.api.prompts("batch_1"), ["job 3"])
-
-    def test_a_file_in_the_place_of_a_folder(self) -> None:
-        """Only what has a picture for it waits."""
-        self.api.result = answers(
-            job_3=refused(400, "invalid_value"), job_4=lost("batch_expired", "Expired."), job_5=None
-        )
-        self.write(*({"prompt": f"job {n}", "output": f"sub/{n}.png"} for n in range(2, 6)))
-        self.batch()
-        self.api.end(status="expired")
-        blocked = self.folder / "sub"
-        blocked.write_text("in the way")
-        with pauses():
-            self.assertIn(self.batch("--wait", code=None).code, (9, 10))
-        blocked.unlink()
-        self.batch("--cancel", code=9)
-        self.assertEqual(self.pictures(), {"sub/2.png": picture_of("job 2")})
-        self.check_states("saved", "refused", "failed", "failed")
-        self.check_nothing_left()
 
     def test_downloads_that_are_cut_go_on(self) -> None:
         self.submitted(4)
@@ -593,25 +554,6 @@ class Limits(DeferredCase):
         for option in ("--wait", "--cancel"):
             self.at_once(option, code=2)
         self.assertEqual((self.api.posts, self.folder.exists()), ([], False))
-
-    def test_shards_at_once_on_two_machines(self) -> None:
-        """They share the output folder, not the state folder; each shard has its lock."""
-        self.numbered(4)
-        elsewhere = {"XDG_STATE_HOME": str(self.tmp / "other")}
-        held = self.api.hold(CREATE)
-        first = self.start_until(held, "--shard", "1/2")
-        for again in (self.batch, self.at_once):
-            self.assertIn(str(first.pid), again("--shard", "1/2", code=2).err)
-        self.check(self.run_tool(*self.words("--shard", "2/2"), env=elsewhere), 0)
-        held.release.set()
-        self.check(self.finish(first), 0)
-        found = sorted(self.api.prompts(name) for name in self.api.own())
-        self.assertEqual(found, [["job 1", "job 3"], ["job 2", "job 4"]])
-        self.api.end_all()
-        self.batch("--shard", "1/2")
-        self.check_pictures("job 1", "job 3")
-        self.check(self.run_tool(*self.words("--shard", "2/2"), env=elsewhere), 0)
-        self.check_pictures("job 1", "job 2", "job 3", "job 4")
 
     def test_a_deferred_job_is_not_paid_for_beside_its_batch(self) -> None:
         self.submitted(2)

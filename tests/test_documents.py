@@ -323,29 +323,6 @@ class TestHelp(DocumentCase):
             run = self.check(self.run_tool(*words, env=narrow), 0)
             self.assertEqual((run.out, run.err), (self.help_text("generate"), ""))
 
-    def test_form_defaults_and_ranges(self) -> None:
-        shown = self.run_json("config", "--show")["settings"]
-        self.assertEqual(len(self.commands()), 9)
-        for command in self.commands():
-            with self.subTest(command):
-                text = self.help_text(command)
-                self.assertRegex(text, rf"\Ausage: gpt-image2 {command}\b")
-                self.assertEqual(re.findall(r"(?m)^.{81,}$|^.*[ \t]$", text), [])
-                lines = re.sub(r"\n {3,}", "  ", text.partition("\nexamples:\n")[0])
-                rows = re.findall(r"(?m)^  (-.*?)(?:  +(.*))?$", lines)  # names and syntax, meaning
-                self.assertEqual([left for left, right in rows if len(right) < 4], [])
-                for left, right in rows:
-                    option = re.findall(r"--[a-z-]+", left)[-1]
-                    default = re.search(r"\bdefault (\d[^ )]*|gpt-\S+)", right)
-                    row = shown.get(option[2:].replace("-", "_"))
-                    if default and row:
-                        self.assertEqual(default[1], str(row["value"]), option)
-                    for low, high in re.findall(r" (\d+)\.\.(\d+)$", left):
-                        gpt_image2.parse_arguments([command, f"{option}={low}", f"{option}={high}"])
-                        for value in (int(low) - 1, int(high) + 1):
-                            with self.assertRaises(gpt_image2.Failure):
-                                gpt_image2.parse_arguments([command, f"{option}={value}"])
-
 
 class TestSkill(unittest.TestCase):
     """The Agent Skills format, as far as a test without its validator can see; what else leads."""

@@ -73,7 +73,3 @@ class TestTheTable(unittest.TestCase):
             (Outcome(4), "| a cut | 4 | 1 | 0 | no |  |"),
         ):
             self.assertEqual(markdown_row("a cut", outcome), cells)
-
-
-if __name__ == "__main__":
-    unittest.main()

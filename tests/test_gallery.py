@@ -135,9 +135,3 @@ class Galleries(BatchCase):
         page = (self.folder / "index.html").read_text(encoding="utf-8")
         self.assertRegex(page, 'src="0001.png"')
         self.assertNotIn("<b>", page)
-
-    def test_a_page_that_can_not_be_written_is_a_warning(self) -> None:
-        (self.folder / "index.html").mkdir(parents=True)
-        self.prompts("a")
-        self.assertRegex(self.batch().err, "warning: .*index.html")
-        self.assertTrue((self.folder / "0001.png").exists())

@@ -5,7 +5,6 @@ Each row names the public thread whose shape it has (owner/repo#N), or the issue
 
 from __future__ import annotations
 
-import unittest
 from typing import Any
 
 import gpt_image2
@@ -241,7 +240,3 @@ class TestWords(ReadCase):
         value = {"choices": [{"message": {"content": "I can't draw that."}}]}
         run = self.check(self.ask(json_reply(value), "--json"), 8)
         self.assertIn("I can't draw that", run.json["error"]["message"])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,16 +38,13 @@ class Sabotage(NamedTuple):
 
 
 def read_table(text: str) -> list[Sabotage]:
-    """Return the sabotages of a table: blocks of a head `name | modules`, `- old`, `+ new`."""
-    found = []
-    for block in text.strip().split("\n\n"):
-        lines = [line for line in block.splitlines() if not line.startswith("#")]
-        if not lines:
-            continue
-        name, _, modules = lines[0].partition(" | ")
-        old = "\n".join(line[1:] for line in lines[1:] if line.startswith("-"))
-        new = "\n".join(line[1:] for line in lines[1:] if line.startswith("+"))
-        found.append(Sabotage(name, [f"tests.{word}" for word in modules.split()], old, new))
+    """Return the sabotages of a table: a head `name | modules`, then lines of `-old` and `+new`."""
+    found: list[Sabotage] = []
+    for head, lines in re.findall(r"^([^-+#\n].*)\n((?:[-+].*\n?)+)", text, re.M):
+        name, _, modules = head.partition(" | ")
+        old, new = (re.findall(rf"^{mark}(.*)", lines, re.M) for mark in ("-", r"\+"))
+        words = [f"tests.{word}" for word in modules.split()]
+        found.append(Sabotage(name, words, "\n".join(old), "\n".join(new)))
     return found
 
 

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DISPLAY = ":93"  # a free one
 SHOWN = 'generate "a cat on a windowsill" --sandbox -s photo --preview'
 SETTINGS = """font_size 12
 remember_window_size no
@@ -33,7 +34,7 @@ cursor_blink_interval 0
 SESSION = """cd {home}/work
 clear
 printf '$ gpt-image2 %s\\n' {shown}
-{python} {script} {call} 2>&1
+{program} {call} 2>&1
 printf '$ '
 touch {home}/done
 sleep 60
@@ -49,22 +50,19 @@ def wait_for(path: Path, process: subprocess.Popen[bytes], seconds: float = 30) 
         time.sleep(0.05)
 
 
-def screenshot(target: Path, home: Path, display: str) -> None:
+def screenshot(target: Path, home: Path) -> None:
     """Run the session in kitty on a virtual screen and save what is seen."""
     (home / "work").mkdir()
     (home / "kitty.conf").write_text(SETTINGS)
-    quoted = {
-        "python": shlex.quote(sys.executable),
-        "script": shlex.quote(str(ROOT / "gpt_image2.py")),
-    }
-    text = SESSION.format(home=home, shown=shlex.quote(SHOWN), call=SHOWN, **quoted)
+    program = shlex.join([sys.executable, str(ROOT / "gpt_image2.py")])
+    text = SESSION.format(home=home, shown=shlex.quote(SHOWN), call=SHOWN, program=program)
     (home / "session.sh").write_text(text)
     argv = ["kitty", "--config", str(home / "kitty.conf"), "sh", str(home / "session.sh")]
-    env = {**os.environ, "HOME": str(home), "DISPLAY": display, "LIBGL_ALWAYS_SOFTWARE": "1"}
+    env = {**os.environ, "HOME": str(home), "DISPLAY": DISPLAY, "LIBGL_ALWAYS_SOFTWARE": "1"}
     env.update(TMPDIR=str(home), XDG_CONFIG_HOME=str(home), XDG_STATE_HOME=str(home))
-    screen = subprocess.Popen(["Xvfb", display, "-screen", "0", "960x600x24"])
+    screen = subprocess.Popen(["Xvfb", DISPLAY, "-screen", "0", "960x600x24"])
     try:
-        wait_for(Path(f"/tmp/.X11-unix/X{display[1:]}"), screen)
+        wait_for(Path(f"/tmp/.X11-unix/X{DISPLAY[1:]}"), screen)
         terminal = subprocess.Popen(argv, env=env)
         try:
             wait_for(home / "done", terminal)
@@ -86,10 +84,9 @@ def main() -> None:
     )
     target = ROOT / "docs" / "terminal.png"
     parser.add_argument("target", type=Path, nargs="?", default=target, help="docs/terminal.png")
-    parser.add_argument("--display", default=":93", help="a free X display (:93)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gpt-image-2-") as home:
-        screenshot(args.target.resolve(), Path(home), args.display)
+        screenshot(args.target.resolve(), Path(home))
 
 
 if __name__ == "__main__":
