@@ -478,6 +478,7 @@ ONE_KEPT = Outcome(8, recover=(9, 1))
 TWO_KEPT = Outcome(8, recover=(9, 2))
 KEPT = Outcome(9, saved=1, recover=(0, 1))  # saved beside the answer, which stays
 
+CHAT = {"content": f"![fox](data:image/png;base64,{b64(FIRST)})"}
 NOW, HOUR = ("Retry-After", "0"), ("Retry-After", "3600")
 BLOCKED_TOLD = ("No way", "moderation_blocked")
 BLOCKED = dict(zip(("message", "code"), BLOCKED_TOLD))
@@ -533,6 +534,11 @@ def coded(status: int, outcome: Outcome, *codes: str) -> list[Fault]:
     ]
 
 
+def told(status: int, code: str) -> Reply:
+    """Return an error with a code and no more."""
+    return json_reply({"error": {"code": code, "message": "No."}}, status)
+
+
 def plain(status: int, message: str = "No such thing.", **fields: Any) -> Reply:
     """Return an error without a code."""
     return refusal(status, None, message, **fields)
@@ -555,6 +561,17 @@ REFUSALS = [
     row("HTTP 403, organisation not verified", AUTH, plain(403, UNVERIFIED), "15 minutes"),
     row("HTTP 403, HTML body", REFUSED, page(403, "Forbidden"), "HTTP 403"),
     row("HTTP 404, HTML body", REFUSED, page(404, "Not Found"), "base_url"),
+    row("no credit, told in a 500", LIMIT, told(500, "INSUFFICIENT_BALANCE"), "credit"),
+    row("no channel for the model, in a 503", REFUSED, told(503, "model_not_found"), "--model"),
+    row(
+        "content policy, in other words",
+        POLICY,
+        told(400, "ResponsibleAIPolicyViolation"),
+        "policy",
+    ),
+    row("200 with a task", UNKNOWN, json_reply({"task_id": "t7", "status": "queued"}), "task t7"),
+    row("200 with a refusal in words", UNKNOWN, json_reply({"content": "I can't."}), "I can't."),
+    row("200 in the form of a chat", SAVED, json_reply({"choices": [{"message": CHAT}]})),
     row("HTTP 413 before the request is read", REFUSED, Reply(413, early=True), "too large"),
     *(
         row(f"HTTP {status} to another place", REFUSED, MOVED._replace(status=status), ELSEWHERE)

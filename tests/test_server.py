@@ -6,7 +6,7 @@ import socket
 import threading
 import unittest
 
-from tests.server import Api, Reply, Script, event_stream, in_pieces, parse_multipart, ranged
+from tests.server import Api, Reply, Script, event_stream, in_pieces, parse_multipart
 
 POST = b"POST /v1/images/generations HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -108,13 +108,6 @@ class TestAnswers(ServerCase):
         api = self.serve(Reply(413, early=True))
         self.assertIn(b" 413 ", ask(api, head))
         self.assertEqual(api.posts[0].body, b"")
-
-    def test_ranges(self) -> None:
-        api = self.serve()
-        api.put("/a", ranged(b"0123456789"))
-        whole, rest = b"GET /a HTTP/1.1\r\n\r\n", b"GET /a HTTP/1.1\r\nRange: bytes=7-\r\n\r\n"
-        self.assertEqual(ask(api, whole)[-10:], b"0123456789")
-        self.assertRegex(ask(api, rest), rb"(?s) 206 .*\r\n\r\n789$")
 
     def test_a_multipart_body_is_read_to_the_byte(self) -> None:
         head = 'Content-Disposition: form-data; name="mask"; filename="m.png"'
