@@ -277,14 +277,6 @@ class Way(DeferredCase):
         self.settle()
         self.assertEqual(self.api.prompts("batch_1"), ["job 2", "job 3"])
 
-    def test_cancel_of_what_was_never_made(self) -> None:
-        self.numbered(1)
-        self.api.order(CREATE, GATEWAY)
-        self.batch(code=8)
-        self.batch("--cancel", code=None)
-        self.check_batches()
-        self.check_states("failed")
-
 
 class Kills(DeferredCase):
     """Kills, signals, and calls that fail or end nobody knows how; then the same command again."""

@@ -310,6 +310,18 @@ class TestDurable(OutputCase):
                 self.assertEqual(stat.S_IMODE(victim.stat().st_mode), 0o666)
                 self.assertEqual(self.recover().saved[0].read_bytes(), PICTURE)
 
+    def test_force_replaces_the_old_picture_by_the_whole_new_one(self) -> None:
+        (self.work / "fox.png").write_bytes(b"old")
+        there: list[bytes] = []
+
+        def replace(old: str, new: str, real: Any = os.replace) -> None:
+            there.extend([self.read("fox.png")] if new.endswith("fox.png") else [])
+            real(old, new)
+
+        with mock.patch("os.replace", replace):
+            self.asked("-o", "fox.png", "--force")
+        self.assertEqual((there, self.read("fox.png")), ([b"old"], PICTURE))
+
     def test_modes_follow_the_umask(self) -> None:
         before = os.umask(0o022)
         self.addCleanup(os.umask, before)

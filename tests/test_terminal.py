@@ -206,13 +206,6 @@ class TestProgress(ScreenCase):
                 self.assertTrue(len(steps) >= 3 and all(27 <= step <= 33 for step in steps), said)
                 self.assertNotRegex(said, "[\x1b\r]")
 
-    def test_quiet_says_nothing(self) -> None:
-        for tty in (True, False):
-            until, then = (lambda _, seconds: seconds > 100), self.held()
-            argv = ["--quiet", *["--preview"] * tty]
-            said = self.shown(*argv, until=until, then=then, tty=tty, env=KITTY)
-            self.assertEqual(said, "")
-
 
 KITTY = {"TERM": "xterm-kitty"}
 NOTHING = "gpt-image2: warning: --preview needs a kitty"
