@@ -2,8 +2,6 @@
 
     api = Api(answer(png(8, 8)), refusal(400, "invalid_value", "No such size."))
     api.posts[0].json["prompt"]
-
-It knows HTTP and the images API, and nothing of the tool.
 """
 
 from __future__ import annotations
