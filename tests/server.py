@@ -1,7 +1,7 @@
 """A server on 127.0.0.1 that answers as it is told, and misbehaves on cue.
 
-    api = Api(answer(png(8, 8)), refusal(400, "invalid_value", "No such size."))
-    api.posts[0].json["prompt"]
+api = Api(answer(png(8, 8)), refusal(400, "invalid_value", "No such size."))
+api.posts[0].json["prompt"]
 """
 
 from __future__ import annotations
