@@ -442,6 +442,7 @@ class Verdicts(BatchCase):
             ("failed", 4, UNAUTHORIZED),
             ("failed", 6, NO_CREDIT),
             ("failed", 6, slow_down(0)),
+            ("failed", 1, refusal(503, "model_not_found", "No available channel.")),
             ("failed", 1, Reply(301, b"", [("Location", "https://elsewhere.example/v1")])),
             ("unknown", 8, refusal(500, "server_error", "Oops.")),
             ("unknown", 8, SILENT),
