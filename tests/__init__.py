@@ -42,7 +42,7 @@ class TwoProcesses(unittest.TestSuite):
         return result
 
     def _run_modules(self, result: unittest.TestResult) -> None:
-        modules = list(self)
+        modules = sorted(self, key=lambda module: -module.countTestCases())  # the longest first
         for taken in iter(lambda: os.read(self.left, 1), b""):
             modules[taken[0]].run(result)
 
