@@ -1,4 +1,4 @@
-"""What the tests of batch share: a server that draws each prompt's own picture, a clock, a case."""
+"""What the tests of batch share: a server that draws each prompt's own image, a clock, a case."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterator, Mapping, Union
 from unittest import mock
 
 from tests.case import Argument, Run, SystemCase
-from tests.pictures import png
+from tests.images import png
 from tests.server import KEY, Reply, Request, answer, refusal
 
 LOW = ("--quality", "low")
@@ -34,13 +34,13 @@ def sent_fields(request: Request) -> Any:
 
 
 def drawn(label: str) -> bytes:
-    """Return the picture of a label: no two have the same bytes."""
+    """Return the image of a label: no two have the same bytes."""
     red, green, blue = hashlib.sha256(label.encode()).digest()[:3]
     return png(16, 16, rgb=(red, green, blue))
 
 
 class Painter:
-    """Answers each POST with pictures of its prompt's own, unless told otherwise.
+    """Answers each POST with images of its prompt's own, unless told otherwise.
 
     They are drawn("a fox") and drawn("a fox, 2"); when "a fox" comes again, drawn("a fox again").
     """
@@ -155,13 +155,13 @@ class BatchCase(SystemCase):
         return post
 
     def painted(self, folder: Path | None = None) -> dict[str, str]:
-        """Return the label of every picture below a folder, by its relative path."""
+        """Return the label of every image below a folder, by its relative path."""
         base = folder or self.folder
         names = [n for n in self.listing(base) if not re.search(r"\.(jsonl?|html|lock)$", n)]
         return {name: self.painter.labels.get((base / name).read_bytes(), "?") for name in names}
 
-    def check_pictures(self, **expected: str) -> None:
-        """Assert the pictures in the folder, by name without its .png."""
+    def check_images(self, **expected: str) -> None:
+        """Assert the images in the folder, by name without its .png."""
         self.assertEqual(self.painted(), {f"{name}.png": label for name, label in expected.items()})
 
     def lines(self, folder: Path | None = None) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 from urllib.parse import parse_qs, urlsplit
 
 from tests.case import HANG
-from tests.pictures import png
+from tests.images import png
 from tests.server import OPENAI_USAGE, Api, Reply, Request, b64, json_reply, ranged, refusal
 
 CHECK = "GET /v1/batches"  # the look-up too
@@ -31,15 +31,15 @@ Order = Tuple[Optional[Reply], bool, Optional["Hold"]]
 ORDINARY: Order = (None, True, None)
 
 
-def picture_of(prompt: str, k: int = 1) -> bytes:
-    """Return the k-th picture of a prompt like "job 7": no two have the same."""
+def image_of(prompt: str, k: int = 1) -> bytes:
+    """Return the k-th image of a prompt like "job 7": no two have the same."""
     return png(16 + int(prompt.split()[-1]), 15 + k)
 
 
 def made(line: Json) -> Json:
-    """Return what the Batch API says of a request that went well: the prompt's own pictures."""
+    """Return what the Batch API says of a request that went well: the prompt's own images."""
     prompt, asked = str(line["body"]["prompt"]), int(line["body"].get("n", 1))
-    return served(*({"b64_json": b64(picture_of(prompt, k))} for k in range(1, asked + 1)))
+    return served(*({"b64_json": b64(image_of(prompt, k))} for k in range(1, asked + 1)))
 
 
 def served(*data: Json) -> Json:

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.case import HANG, Argument, Child, Run, SystemCase
-from tests.pictures import png
+from tests.images import png
 from tests.server import (
     KEY,
     Chunk,
@@ -48,8 +48,8 @@ from tests.server import (
 
 FIRST, SECOND, THIRD = (png(40, 30 + i, seed=i) for i in range(3))  # about 4 KB each
 LARGE = png(300, 300, seed=3)  # 270 KB, more than a small disk holds
-PREVIEW = png(10, 10, seed=4)  # never to be taken for a picture
-PICTURES = {FIRST, SECOND, THIRD, LARGE}
+PREVIEW = png(10, 10, seed=4)  # never to be taken for an image
+IMAGES = {FIRST, SECOND, THIRD, LARGE}
 
 FOX = ("generate", "a fox")
 FOXES = (*FOX, "--n", "3")
@@ -63,17 +63,17 @@ ONCE = ("--retries", "0")
 
 
 class Outcome(NamedTuple):
-    """What comes of one call: exit code, POSTs, pictures on disk, and what recover brings."""
+    """What comes of one call: exit code, POSTs, images on disk, and what recover brings."""
 
     exit: int
     posts: int = 1
     saved: int = 0
     recover: tuple[int, int] | None = None
-    """The exit code of recover, and the pictures that it saves; None: nothing is kept."""
+    """The exit code of recover, and the images that it saves; None: nothing is kept."""
 
     @property
     def came(self) -> int:
-        """The pictures that came whole: none of them may be lost."""
+        """The images that came whole: none of them may be lost."""
         return max(self.saved, self.recover[1] if self.recover else 0)
 
     @property
@@ -87,7 +87,7 @@ class Seen(NamedTuple):
 
     outcome: Outcome
     lost: int
-    """Whole pictures that came, and that neither the call nor recover saved."""
+    """Whole images that came, and that neither the call nor recover saved."""
     run: Run
     recovered: Run | None
 
@@ -103,12 +103,12 @@ class Stage(SystemCase):
         """Play a fault, then recover what was kept; the whole world is looked over at the end."""
         with mock.patch("random.uniform", return_value=0):  # so that waits of our own are none
             run = fault.play(self)
-        saved = self.pictures(run)
+        saved = self.images(run)
         recovered = None
         if self.jobs_anywhere():
             self.repair()
             recovered = self.run_tool("recover", "--all")
-        brought = pictures_at(recovered.saved) if recovered else set()
+        brought = images_at(recovered.saved) if recovered else set()
         brings = (recovered.code, len(brought)) if recovered else None
         posts = sum(len(api.posts) for api in self.servers)
         for one in filter(None, (run, recovered)):
@@ -120,16 +120,16 @@ class Stage(SystemCase):
         lost = max(0, fault.outcome.came - len(saved | brought))
         return Seen(Outcome(run.code, posts, len(saved), brings), lost, run, recovered)
 
-    def pictures(self, run: Run) -> set[bytes]:
-        """Return the known pictures that a run has left, wherever it says they are."""
+    def images(self, run: Run) -> set[bytes]:
+        """Return the known images that a run has left, wherever it says they are."""
         visible = [self.work / name for name in self.listing() if "/." not in f"/{name}"]
         told = run.json["images"] if run.out.startswith("{") else []
-        return pictures_at([*visible, *run.saved, *[Path(image["path"]) for image in told]])
+        return images_at([*visible, *run.saved, *[Path(image["path"]) for image in told]])
 
 
-def pictures_at(paths: Sequence[Path]) -> set[bytes]:
-    """Return those of PICTURES that are in these files, byte for byte."""
-    return {path.read_bytes() for path in paths if path.is_file()} & PICTURES
+def images_at(paths: Sequence[Path]) -> set[bytes]:
+    """Return those of IMAGES that are in these files, byte for byte."""
+    return {path.read_bytes() for path in paths if path.is_file()} & IMAGES
 
 
 Play = Callable[[Stage], Run]
@@ -195,13 +195,13 @@ def in_two(reply: Reply, at: int, between: Chunk) -> Reply:
     return reply._replace(chunks=[reply.body[:at], between, reply.body[at:]])
 
 
-def cut_in(reply: Reply, picture: bytes) -> Reply:
-    return reply._replace(cut=middle_of(reply, picture))
+def cut_in(reply: Reply, image: bytes) -> Reply:
+    return reply._replace(cut=middle_of(reply, image))
 
 
-def middle_of(reply: Reply, picture: bytes) -> int:
-    """Return where in the body the middle of a picture's base64 is."""
-    return reply.body.index(b64(picture).encode()) + len(b64(picture)) // 2
+def middle_of(reply: Reply, image: bytes) -> int:
+    """Return where in the body the middle of an image's base64 is."""
+    return reply.body.index(b64(image).encode()) + len(b64(image)) // 2
 
 
 # ---- Networks that fail -----------------------------------------------------------------------
@@ -328,7 +328,7 @@ def state_disk(reply: Reply, *, full: bool = False) -> Play:
 
 
 def state_disk_fills_up(stage: Stage) -> Run:
-    """Two of three pictures are on the disk when it becomes full."""
+    """Two of three images are on the disk when it becomes full."""
     use_state(stage, stage.small_disk("state-disk", 128 * 1024 * 1024))
     at = middle_of(THREE, THIRD)
 
@@ -384,7 +384,7 @@ def before_a_byte(act: int | Act) -> Play:
 
 
 def mid_answer(act: int | Act, *, comes: bool = False) -> Play:
-    """Play it when two of three pictures have come; if the third `comes`, it does so then."""
+    """Play it when two of three images have come; if the third `comes`, it does so then."""
 
     def play(stage: Stage) -> Run:
         release, at = threading.Event(), middle_of(THREE, THIRD)
@@ -465,14 +465,14 @@ def while_downloading(stage: Stage) -> Run:
 
 # ---- The table --------------------------------------------------------------------------------
 
-NOTHING = (10, 0)  # what recover says of a kept job without a picture
+NOTHING = (10, 0)  # what recover says of a kept job without an image
 REFUSED, AUTH, POLICY, LIMIT = (Outcome(code) for code in (1, 4, 5, 6))  # nothing is kept
 SENT_NOTHING = Outcome(7, 0)
 SAVED, ALL = Outcome(0, saved=1), Outcome(0, saved=3)
 RETRIED = Outcome(0, 2, 1)
 UNKNOWN = Outcome(8, recover=NOTHING)
 UNKNOWN_RETRIED = Outcome(8, 2, recover=NOTHING)
-NO_PICTURE = Outcome(10, recover=NOTHING)
+NO_IMAGE = Outcome(10, recover=NOTHING)
 ONE_LOST = Outcome(9, saved=2, recover=(9, 2))
 ONE_KEPT = Outcome(8, recover=(9, 1))
 TWO_KEPT = Outcome(8, recover=(9, 2))
@@ -621,23 +621,23 @@ BODIES = [
     row("200, empty body", UNKNOWN, Reply(200), "billed"),
     row("204", UNKNOWN, Reply(204, framing="none"), "billed"),
     row("200, HTML body", UNKNOWN, page(200, "Log in"), "Log in"),
-    row("200, no picture: {}", UNKNOWN, json_reply({}), "billed"),
-    row("200, no picture: a bare null", UNKNOWN, json_reply(None), "billed"),
-    row("200, no picture: data is []", UNKNOWN, json_reply({"data": []}), "billed"),
-    row("200, no picture: data holds a null", UNKNOWN, json_reply({"data": [None]}), "billed"),
+    row("200, no image: {}", UNKNOWN, json_reply({}), "billed"),
+    row("200, no image: a bare null", UNKNOWN, json_reply(None), "billed"),
+    row("200, no image: data is []", UNKNOWN, json_reply({"data": []}), "billed"),
+    row("200, no image: data holds a null", UNKNOWN, json_reply({"data": [None]}), "billed"),
     row("200 with an upstream error in it", UNKNOWN, UPSTREAM, "Timed out"),
     row("200, blank lines, then a policy refusal", POLICY, BUSY_THEN_BLOCKED, *BLOCKED_TOLD),
     *coded(200, AUTH, "invalid_api_key"),
     *coded(200, REFUSED, "unknown_parameter"),
     row("100 and 103 before the 200", SAVED, EARLY_HINTS),
-    row("HTTP 500 with the picture in its body", SAVED, answer(FIRST)._replace(status=500)),
-    row("base64 broken", NO_PICTURE, json_reply({"data": [{"b64_json": "!" + b64(FIRST)[1:]}]})),
-    row("base64 of one of three broken", ONE_LOST, Reply(200, ONE_BAD), "picture 2", n=3),
-    row("half a PNG in whole base64", NO_PICTURE, answer(FIRST[:2000])),
-    row("two pictures of three", Outcome(9, 1, 2), answer(FIRST, SECOND), n=3),
+    row("HTTP 500 with the image in its body", SAVED, answer(FIRST)._replace(status=500)),
+    row("base64 broken", NO_IMAGE, json_reply({"data": [{"b64_json": "!" + b64(FIRST)[1:]}]})),
+    row("base64 of one of three broken", ONE_LOST, Reply(200, ONE_BAD), "image 2", n=3),
+    row("half a PNG in whole base64", NO_IMAGE, answer(FIRST[:2000])),
+    row("two images of three", Outcome(9, 1, 2), answer(FIRST, SECOND), n=3),
     row("a stream that ends in a policy refusal", POLICY, BLOCKED_LATER, *BLOCKED_TOLD),
     row("a stream whose event is named error", POLICY, NAMED_ERROR, *BLOCKED_TOLD),
-    row("a stream cut after one of three pictures", Outcome(9, saved=1), CUT_STREAM, n=3),
+    row("a stream cut after one of three images", Outcome(9, saved=1), CUT_STREAM, n=3),
 ]
 
 CONNECTIONS = [
@@ -653,22 +653,22 @@ CONNECTIONS = [
     row("reset without a byte", UNKNOWN, Reply(reset=True), "billed"),
     row("garbage instead of HTTP", UNKNOWN, Reply(raw=b"SSH-2.0-Server_9.2\r\n"), "billed"),
     row("headers cut", UNKNOWN, Reply(raw=b"HTTP/1.1 200 OK\r\nContent-Ty"), "billed"),
-    row("a picture as the body, cut", UNKNOWN, Reply(200, FIRST, cut=2000), "billed"),
-    row("cut with 0 of 3 pictures whole", UNKNOWN, cut_in(THREE, FIRST), n=3),
-    row("cut with 2 of 3 pictures whole", TWO_KEPT, CUT, n=3),
-    row("cut with 2 of 3 pictures whole, by a reset", TWO_KEPT, CUT._replace(reset=True), n=3),
-    row("cut with 2 of 3 pictures whole, chunked", TWO_KEPT, CUT._replace(framing="chunked"), n=3),
-    row("cut after the only picture", Outcome(8, recover=(0, 1)), CUT_END),
+    row("an image as the body, cut", UNKNOWN, Reply(200, FIRST, cut=2000), "billed"),
+    row("cut with 0 of 3 images whole", UNKNOWN, cut_in(THREE, FIRST), n=3),
+    row("cut with 2 of 3 images whole", TWO_KEPT, CUT, n=3),
+    row("cut with 2 of 3 images whole, by a reset", TWO_KEPT, CUT._replace(reset=True), n=3),
+    row("cut with 2 of 3 images whole, chunked", TWO_KEPT, CUT._replace(framing="chunked"), n=3),
+    row("cut after the only image", Outcome(8, recover=(0, 1)), CUT_END),
     row("Content-Length too large", SAVED, answer(FIRST)._replace(content_length=99_999)),
     row("Content-Length too small", ONE_KEPT, SHORT, n=3),
     row("chunked, whole, but its end is missing", SAVED, NO_LAST_CHUNK),
     row("time-out before the headers", UNKNOWN, answers(SILENCE, argv=(*FOX, *BRIEF)), "--timeout"),
     row("time-out after blank lines", UNKNOWN, stalled(Reply(200, b"\n\n{}"), 2), "--timeout"),
-    row("time-out with 2 of 3 pictures whole", TWO_KEPT, stalled(THREE, middle_of(THREE, THIRD))),
+    row("time-out with 2 of 3 images whole", TWO_KEPT, stalled(THREE, middle_of(THREE, THIRD))),
 ]
 
 LINKS = [
-    row("link: 403, expired", NO_PICTURE, link(*[page(403, "Expired")] * 2), "HTTP 403"),
+    row("link: 403, expired", NO_IMAGE, link(*[page(403, "Expired")] * 2), "HTTP 403"),
     row("link: one of three is 404, later there", Outcome(9, 1, 2, (0, 3)), three_links),
     row("link: 429, then the file", SAVED, link(Reply(429), ranged(FIRST))),
     row("link: no byte, then the file", SAVED, link(Reply(silent=True), ranged(FIRST))),
@@ -682,7 +682,7 @@ SYSTEM = [
     row("the output folder is read-only", Outcome(2, 0), folder_read_only),
     row("the state disk is full", SAVED, state_disk(answer(FIRST), full=True), "warning"),
     row("the state disk is too small for the answer", SAVED, state_disk(answer(LARGE))),
-    row("the state disk fills up with 2 of 3 pictures there", TWO_KEPT, state_disk_fills_up),
+    row("the state disk fills up with 2 of 3 images there", TWO_KEPT, state_disk_fills_up),
     row("the state folder can't be written", SAVED, no_state, "warning"),
 ]
 
@@ -694,13 +694,13 @@ SIGNALS = [
         row(f"{one.name} mid-answer, the rest comes within 10 s", ALL, mid_answer(one, comes=True))
         for one in (INT, TERM, HUP)
     ),
-    row("SIGTERM with 2 of 3 pictures whole, no more", Outcome(143, recover=(9, 2)), waits_in_vain),
+    row("SIGTERM with 2 of 3 images whole, no more", Outcome(143, recover=(9, 2)), waits_in_vain),
     row("Ctrl-C hammered", Outcome(130, recover=(9, 2)), interrupted_again),
     row("SIGINT while waiting to retry a 429", Outcome(130), while_waiting_to_retry),
     row("SIGINT during a download", Outcome(130, recover=(0, 1)), while_downloading),
     row("SIGKILL before any byte", Outcome(-9, recover=(0, 1)), before_a_byte(KILL)),
     row("SIGKILL mid-answer", Outcome(-9, recover=(0, 3)), mid_answer(KILL, comes=True)),
-    row("SIGKILL of curl with 2 of 3 pictures whole", TWO_KEPT, mid_answer(kill_curl)),
+    row("SIGKILL of curl with 2 of 3 images whole", TWO_KEPT, mid_answer(kill_curl)),
 ]
 
 FAULTS = [*REFUSALS, *LIMITS, *SERVER_ERRORS, *BODIES, *CONNECTIONS, *LINKS, *SYSTEM, *SIGNALS]
@@ -711,7 +711,7 @@ FAULTS = [*REFUSALS, *LIMITS, *SERVER_ERRORS, *BODIES, *CONNECTIONS, *LINKS, *SY
 
 def main() -> int:
     """Play every fault, print the table, and return 1 if anything was not as expected."""
-    print("| fault | exit | POSTs | pictures saved | kept for recover | recover brings |")
+    print("| fault | exit | POSTs | images saved | kept for recover | recover brings |")
     print("|---" * 6 + "|")
     skipped = wrong = lost = again = 0
     for fault in FAULTS:
@@ -742,8 +742,8 @@ def markdown_row(name: str, outcome: Outcome) -> str:
     exit_code = "killed" if outcome.exit < 0 else str(outcome.exit)
     kept, brings = ("no", "")
     if outcome.recover:
-        code, pictures = outcome.recover
-        counted = f"{pictures} picture" + "s" * (pictures > 1) if pictures else "nothing"
+        code, images = outcome.recover
+        counted = f"{images} image" + "s" * (images > 1) if images else "nothing"
         kept, brings = "yes", f"{counted}, exit {code}"
     cells = [name, exit_code, str(outcome.posts), str(outcome.saved), kept, brings]
     return "| " + " | ".join(cells) + " |"

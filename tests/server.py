@@ -283,7 +283,7 @@ def in_pieces(reply: Reply, size: int) -> Reply:
 
 
 def file_reply(body: bytes) -> Reply:
-    """Return a picture as a download gives it."""
+    """Return an image as a download gives it."""
     return Reply(200, body, [("Content-Type", "image/png")])
 
 

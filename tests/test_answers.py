@@ -1,4 +1,4 @@
-"""Every shape in which servers answer: the picture is saved byte for byte, or the error is told.
+"""Every shape in which servers answer: the image is saved byte for byte, or the error is told.
 
 What becomes of the call where something fails (exit code, POSTs, what recover brings) stands in
 the fault table, tests/faults.py; here is what the shapes are, links, streams, and words.
@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 import gpt_image2
 from tests.case import SCRIPT, Case, Run, SystemCase
-from tests.pictures import jpeg, png, png_chunk, svg
+from tests.images import jpeg, png, png_chunk, svg
 from tests.server import (
     KEY,
     OPENAI_USAGE,
@@ -59,18 +59,18 @@ class AnswerCase(Case):
         self.api = self.serve_base(reply)
         return self.run_tool("generate", "a fox", *argv)
 
-    def check_saved(self, run: Run, *pictures: bytes) -> None:
-        """Assert success: these pictures, one POST, no job left."""
+    def check_saved(self, run: Run, *images: bytes) -> None:
+        """Assert success: these images, one POST, no job left."""
         self.check(run, 0)
-        self.assertEqual(contents(run.saved), list(pictures), run)
+        self.assertEqual(contents(run.saved), list(images), run)
         self.assertEqual(len(self.api.posts), 1)
         self.assertEqual(self.jobs(), [])
 
-    def check_each(self, replies: Mapping[str, Script], *pictures: bytes) -> None:
-        """Assert that each of these answers brings these pictures."""
+    def check_each(self, replies: Mapping[str, Script], *images: bytes) -> None:
+        """Assert that each of these answers brings these images."""
         for name, reply in replies.items():
             with self.subTest(name):
-                self.check_saved(self.ask(reply, "-n", str(len(pictures))), *pictures)
+                self.check_saved(self.ask(reply, "-n", str(len(images))), *images)
 
 
 def contents(paths: Sequence[Path]) -> list[bytes]:
@@ -84,12 +84,12 @@ def moved(target: str, status: int = 302) -> Reply:
 
 
 class TestShapes(AnswerCase):
-    """Pictures inside the answer."""
+    """Images inside the answer."""
 
     def test_every_dressing(self) -> None:
-        for picture in (SMALL, LARGE):
-            self.assertTrue(all(mark in b64(picture) for mark in "+/="), "it can't show much")
-            self.check_each({style: answer(picture, style=style) for style in STYLES}, picture)
+        for image in (SMALL, LARGE):
+            self.assertTrue(all(mark in b64(image) for mark in "+/="), "it can't show much")
+            self.check_each({style: answer(image, style=style) for style in STYLES}, image)
 
     def test_every_way_over_the_wire(self) -> None:
         document = {"created": 1, "data": [{"b64_json": b64(SMALL)}, {"b64_json": b64(LARGE)}]}
@@ -112,7 +112,7 @@ class TestShapes(AnswerCase):
         }
         self.check_each(replies, SMALL, LARGE)
 
-    def test_the_picture_itself_as_the_body(self) -> None:
+    def test_the_image_itself_as_the_body(self) -> None:
         self.check_each({"alone": file_reply(LARGE)}, LARGE)
 
     def test_every_place(self) -> None:
@@ -154,10 +154,10 @@ class TestShapes(AnswerCase):
         texts = (f";charset=utf-8,{quote(drawing)}", f";base64,{b64(drawing)}")
         self.check_each({text[:9]: answer("data:image/svg+xml" + text) for text in texts}, drawing)
 
-    def test_more_pictures_than_asked_for(self) -> None:
-        pictures = [png(8, 8, seed=seed) for seed in range(3)]
-        run = self.ask(answer(*pictures), "-n", "2", "-o", "b.png")
-        self.check_saved(run, *pictures)
+    def test_more_images_than_asked_for(self) -> None:
+        images = [png(8, 8, seed=seed) for seed in range(3)]
+        run = self.ask(answer(*images), "-n", "2", "-o", "b.png")
+        self.check_saved(run, *images)
         self.assertEqual([path.stem for path in run.saved], ["b-1", "b-2", "b-3"])
 
 
@@ -236,7 +236,7 @@ class TestRetries(AnswerCase):
 
 
 class LinkCase(AnswerCase):
-    """A case whose server answers with links to pictures, and often serves those too."""
+    """A case whose server answers with links to images, and often serves those too."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -305,7 +305,7 @@ class TestDownloads(LinkCase):
         self.check_kept(self.follow("/a.png", files={"/a.png": page(500, "Oops")}))
         self.assertEqual(len(self.api.gets), 4)
 
-    def test_what_is_no_picture_is_kept_raw_and_fetched_anew(self) -> None:
+    def test_what_is_no_image_is_kept_raw_and_fetched_anew(self) -> None:
         drawing, error = b"<html><svg></svg></html>", b'{"error": "expired"}'
         for body in (page(200, "Log in").body, drawing, error, SMALL[:-10], b""):
             with self.subTest(body):
@@ -398,7 +398,7 @@ class TestPlaces(LinkCase):
         run = self.check(self.follow(*links, api=api), 10)
         for number, link in enumerate(links, 1):
             with self.subTest(link):
-                self.assertIn(f"picture {number}: ", run.err)
+                self.assertIn(f"image {number}: ", run.err)
         self.assertEqual(curls.read_text().splitlines(), ["curl"], run)
 
     def test_names_are_the_proxys_business(self) -> None:
@@ -448,7 +448,7 @@ def looked_up(*addresses: str) -> Callable[..., Any]:
 
 
 class TestStreams(SystemCase):
-    """--stream and --partial-images: previews as they come, the picture only when it is whole."""
+    """--stream and --partial-images: previews as they come, the image only when it is whole."""
 
     words: tuple[str, ...] = ("generate", "a fox", "--partial-images", "2", "-o", "fox.png")
 
@@ -484,9 +484,9 @@ class TestStreams(SystemCase):
         self.assertEqual(self.files()["fox.png"], SMALL)
         self.assertEqual((run.err.count("Partial: "), run.err.count("Saved:")), (2, 0))
 
-    def test_the_document_keeps_previews_and_pictures_apart(self) -> None:
+    def test_the_document_keeps_previews_and_images_apart(self) -> None:
         """A preview that can't be read costs only itself."""
-        bad = {**partial_event(LATER), "b64_json": "no/picture"}
+        bad = {**partial_event(LATER), "b64_json": "no/image"}
         events = (bad, partial_event(EARLY, 1), partial_event(LATER, 2), completed_event(SMALL))
         document = self.stream(event_stream(*events), "--json", "--provider", "openai").json
         self.assertEqual(self.told(document["images"]), [SMALL])
@@ -500,28 +500,28 @@ class TestStreams(SystemCase):
         post = self.api.posts[0].json
         self.assertEqual((post["stream"], post["partial_images"]), (True, 2))
 
-    def test_previews_of_several_pictures(self) -> None:
+    def test_previews_of_several_images(self) -> None:
         events = (partial_event(EARLY), completed_event(SMALL))
         more = (partial_event(LATER), completed_event(LARGE))
         run = self.stream(event_stream(*events, *more), "--n", "2", "--provider", "openai")
-        pictures = {"fox-1.png": SMALL, "fox-2.png": LARGE}
+        images = {"fox-1.png": SMALL, "fox-2.png": LARGE}
         previews = {"fox-1.partial-1.png": EARLY, "fox-2.partial-1.png": LATER}
-        self.assertEqual(self.files(), {**pictures, **previews})
-        self.assertIn("562 tokens, $0.0166", run.err)  # each event tells its own picture's
+        self.assertEqual(self.files(), {**images, **previews})
+        self.assertIn("562 tokens, $0.0166", run.err)  # each event tells its own image's
 
-    def test_no_preview_is_lost_where_those_of_two_pictures_come_together(self) -> None:
+    def test_no_preview_is_lost_where_those_of_two_images_come_together(self) -> None:
         early = (partial_event(EARLY), partial_event(LATER))
         events = (*early, completed_event(SMALL), completed_event(LARGE))
         document = self.stream(event_stream(*events), "--n", "2", "--json").json
         self.assertEqual(self.told(document["partials"]), [EARLY, LATER])
         self.assertEqual(self.told(document["images"]), [SMALL, LARGE])
 
-    def test_without_an_end_the_preview_is_not_the_picture(self) -> None:
+    def test_without_an_end_the_preview_is_not_the_image(self) -> None:
         early, last = partial_event(EARLY), completed_event(SMALL)
         named = f'event: image_generation.partial_image\ndata: {{"b64_json": "{b64(EARLY)}"'
         for name, reply in {
             "ended": event_stream(early),
-            "cut in the picture": event_stream(early, last)._replace(cut=len(b64(EARLY)) + 1000),
+            "cut in the image": event_stream(early, last)._replace(cut=len(b64(EARLY)) + 1000),
             "told by its name alone": event_stream(f"{named}}}\n\n".encode()),
         }.items():
             with self.subTest(name):
@@ -535,7 +535,7 @@ class TestStreams(SystemCase):
                 self.assertEqual((run.out, self.listing()), ("", ["fox.partial-1.png"]))
                 self.assertEqual(len(self.api.requests), 1)
 
-    def test_a_picture_whose_event_is_cut_behind_it_is_recovered(self) -> None:
+    def test_a_image_whose_event_is_cut_behind_it_is_recovered(self) -> None:
         cut = event_stream(completed_event(SMALL))._replace(cut=len(b64(SMALL)) + 200)
         document = self.stream(cut, "--json", code=8).json
         self.check(self.run_tool("recover", document["recover_id"]), 0)
@@ -569,8 +569,8 @@ class TestStreams(SystemCase):
         self.stream(reply, "-o", "a.b/fox")
         self.assertEqual(self.listing(), ["a.b/fox", "a.b/fox.partial-1"])
         self.stream(reply, "-o", "other/")
-        preview, picture = self.listing(self.work / "other")
-        self.assertEqual(preview, picture.replace(".png", ".partial-1.jpg"))
+        preview, image = self.listing(self.work / "other")
+        self.assertEqual(preview, image.replace(".png", ".partial-1.jpg"))
 
     def test_a_file_that_is_there_is_replaced_by_force_only(self) -> None:
         old, reply = self.work / "fox.partial-1.png", (partial_event(EARLY), completed_event(SMALL))
@@ -596,24 +596,24 @@ sys.exit(code)
 class TestMemory(Case):
     """Memory doesn't grow with the answer, a preview, or a download."""
 
-    def test_large_pictures_take_no_more_than_small_ones(self) -> None:
+    def test_large_images_take_no_more_than_small_ones(self) -> None:
         noise = random.Random(1).getrandbits(80_000_000).to_bytes(10_000_000, "big")
         large = SMALL[:-12] + png_chunk(b"noIs", noise) + SMALL[-12:]
         small = self.peak(SMALL)
         self.assertLess(self.peak(large), min(64 << 20, small + (8 << 20)))
 
-    def peak(self, picture: bytes) -> int:
-        """Return the bytes that the tool takes at most for a picture in each of three ways."""
+    def peak(self, image: bytes) -> int:
+        """Return the bytes that the tool takes at most for an image in each of three ways."""
         report, self.script = self.tmp / "peak", self.tmp / "measured.py"
         self.script.write_text(MEASURED.format(script=str(SCRIPT), report=str(report)))
-        entry = b'{"b64_json": "' + b64(picture).encode() + b'"}'
+        entry = b'{"b64_json": "' + b64(image).encode() + b'"}'
         in_json = Reply(200, b'{"data": [' + b",".join([entry] * 4) + b"]}")
-        in_stream = event_stream(partial_event(picture), completed_event(picture))
+        in_stream = event_stream(partial_event(image), completed_event(image))
         most = 0
         for reply in (in_json, in_stream, answer("/a.png")):
             api = self.serve_base(reply)
-            api.put("/a.png", picture)
+            api.put("/a.png", image)
             run = self.check(self.run_tool("generate", "a fox", "--partial-images", "1"), 0)
-            self.assertEqual(contents(run.saved[-1:]), [picture])
+            self.assertEqual(contents(run.saved[-1:]), [image])
             most = max(most, int(report.read_text()))
         return most * (1 if sys.platform == "darwin" else 1024)

@@ -22,13 +22,13 @@ from tests.batches import (
     drawn,
 )
 from tests.case import Run
-from tests.pictures import jpeg, png
+from tests.images import jpeg, png
 from tests.server import KEY, OPENAI_USAGE, PATIENCE, Reply, answer, hk_answer, refusal
 
 ROOM, CHAIR = png(64, 48, seed=1), png(64, 48, seed=2)
 MASK = png(64, 48, alpha=True, hole=(8, 8, 16, 16))
 BOX = draw_mask(64, 48, (8, 8, 16, 16))
-PICTURE_COST = 0.00828  # OPENAI_USAGE at OpenAI's prices
+IMAGE_COST = 0.00828  # OPENAI_USAGE at OpenAI's prices
 LOW_ESTIMATE = 0.0059  # a low 1024x1024: 16 * 16 * (2,000,000 + 1024 * 1024) / 4,000,000 tokens
 
 
@@ -70,7 +70,7 @@ class JobsFiles(BatchCase):
             "[]": "no job",
             '[{"prompt": "a"}': "no JSON array",
             '[{"prompt": "a\xff"}]': "no JSON array",
-            '[{"prompt": "a", "prompt": "b"}]': "'prompt' stands twice",
+            '[{"prompt": "a", "prompt": "b"}]': "duplicate key 'prompt'",
         }
         for text, why in table.items():
             with self.subTest(text):
@@ -113,7 +113,7 @@ class JobsFiles(BatchCase):
                 self.assertLessEqual({**config, **options}.keys(), sent.keys())
         self.assertEqual(sent, {"prompt": "p11", **config, **options})
 
-    def test_edits_each_with_its_own_pictures(self) -> None:
+    def test_edits_each_with_its_own_images(self) -> None:
         (self.work / "pics").mkdir()
         self.folder.mkdir()
         for name, data in (("room", ROOM), ("pics/chair", CHAIR), ("mask", MASK)):
@@ -146,7 +146,7 @@ class JobsFiles(BatchCase):
         self.assertEqual(self.post_of("marked").uploads[1].name, "markup")
         self.assertEqual(self.painted()["0005-2.png"], "absolute, 2")
 
-    def test_ids_and_outputs_name_the_pictures(self) -> None:
+    def test_ids_and_outputs_name_the_images(self) -> None:
         elsewhere = self.tmp / "elsewhere.png"
         self.write(
             {"prompt": "a", "id": "red fox"},
@@ -188,7 +188,7 @@ class BadLines(BatchCase):
         table: list[tuple[Any, str]] = [
             ("{nonsense", "not JSON"),
             ("[1]", "not an object"),
-            ('{"prompt": "a", "n": 2, "prompt": "b"}', "'prompt' stands twice"),
+            ('{"prompt": "a", "n": 2, "prompt": "b"}', "duplicate key 'prompt'"),
             ('{"prompt": "a", "params": {"x": NaN}}', "NaN is no JSON"),
             ('{"prompt": "%s"}' % ("x" * 3_000_000), "longer"),
             ({}, "no prompt"),
@@ -250,10 +250,10 @@ class BadLines(BatchCase):
         self.assertEqual(list(self.faults(self.refused("--sidecar"))), [2, 3])
         self.assertRegex(self.faults(self.refused())[2], "fox.png exists.*--force")
         self.batch("--force")
-        self.check_pictures(**{"0001": "a", "fox": "fox", "owl": "owl"})
+        self.check_images(**{"0001": "a", "fox": "fox", "owl": "owl"})
 
     def test_what_not_even_force_writes_over(self) -> None:
-        """The batch's own files, an input picture, what another line writes."""
+        """The batch's own files, an input image, what another line writes."""
         self.folder.mkdir()
         for path in (self.work / "room.png", self.folder / "x.png"):
             path.write_bytes(ROOM)
@@ -304,7 +304,7 @@ class Saving(BatchCase):
         self.assertEqual((entry["paths"], sidecar["prompt"]), ([str(path)], "a"))
 
     def test_what_changes_meanwhile(self) -> None:
-        """The jobs file is read once; a new file stays; a changed picture is not sent."""
+        """The jobs file is read once; a new file stays; a changed image is not sent."""
         lines = ({"prompt": "a"}, {"prompt": "b", "images": ["room.png"]}, {"prompt": "c"})
         self.write(*lines)
         room = self.work / "room.png"
@@ -362,7 +362,7 @@ class Saving(BatchCase):
         self.assertEqual(sorted(run.saved), [self.work / "jobs-sandbox" / name for name in names])
         for argv, saved in ((("--sandbox",), 3), ((), 3), (("--sandbox",), 0), ((), 0)):
             self.assertEqual(len(self.batch("--output-dir", "one", *argv).saved), saved)
-        self.assertEqual(self.posted(), ["a", "b"], "its pictures are not taken for real ones")
+        self.assertEqual(self.posted(), ["a", "b"], "its images are not taken for real ones")
 
 
 class Said(BatchCase):
@@ -397,7 +397,7 @@ class Said(BatchCase):
         self.assertEqual(told, expected)
         self.assertEqual([image["path"] for image in jobs[0]["images"]], [f"{self.folder}/fox.png"])
         self.assertEqual((total["ok"], total["command"], total["schema"]), (False, "batch", 1))
-        self.assertAlmostEqual(total["summary"].pop("cost")["amount"], 2 * PICTURE_COST)
+        self.assertAlmostEqual(total["summary"].pop("cost")["amount"], 2 * IMAGE_COST)
         zero = dict.fromkeys(("skipped", "partial", "failed", "unknown", "deferred", "left"), 0)
         self.assertEqual(total["summary"], {**zero, "jobs": 3, "saved": 2, "refused": 1})
         self.assertEqual((total["folder"], total["journal"]), (str(self.folder), str(self.journal)))
@@ -447,8 +447,8 @@ class Verdicts(BatchCase):
             ("unknown", 8, refusal(500, "server_error", "Oops.")),
             ("unknown", 8, SILENT),
             ("unknown", 8, whole._replace(cut=len(whole.body) // 3)),
-            ("unknown", 10, answer(b"no picture at all")),
-            ("partial", 9, answer(drawn("x"), b"no picture")),
+            ("unknown", 10, answer(b"no image at all")),
+            ("partial", 9, answer(drawn("x"), b"no image")),
             ("saved", 0, whole),
         ]
         prompts = [f"p{number:02}" for number in range(len(table))]
@@ -481,7 +481,7 @@ class Verdicts(BatchCase):
         paths = [str(self.folder / name) for name in ("0001-1.png", "0001-2.png")]
         told = (saved["paths"], saved["usage"], saved["error"])
         self.assertEqual(told, (paths, OPENAI_USAGE, None))
-        self.assertAlmostEqual(saved["cost"]["amount"], PICTURE_COST)
+        self.assertAlmostEqual(saved["cost"]["amount"], IMAGE_COST)
         self.assertEqual((refused["id"], refused["paths"]), ("fox", []))
         self.assertEqual(refused["error"]["code"], "moderation_blocked")
 
@@ -489,7 +489,7 @@ class Verdicts(BatchCase):
         table: list[tuple[int, Reply, Reply]] = [
             (0, Reply(), Reply()),
             (9, Reply(), BAD_REQUEST),
-            (9, answer(drawn("x"), b"no picture"), BAD_REQUEST),
+            (9, answer(drawn("x"), b"no image"), BAD_REQUEST),
             (1, BAD_REQUEST, BAD_REQUEST),
             (5, NOT_THIS, NOT_THIS),
             (4, UNAUTHORIZED, UNAUTHORIZED),
@@ -578,8 +578,8 @@ class MaxCost(BatchCase):
     openai = ("--provider", "openai", *LOW)
 
     def test_counts_what_is_spent_and_what_may_be_and_the_next_one(self) -> None:
-        """A picture costs 0.0083; one that is to come, or may have been billed, counts 0.0059."""
-        half = answer(drawn("a"), b"no picture")
+        """An image costs 0.0083; one that is to come, or may have been billed, counts 0.0059."""
+        half = answer(drawn("a"), b"no image")
         table: list[tuple[str, Reply, str, str, str, str]] = [
             ("saved", Reply(), "0.0141", "a", "0.015", "ab"),
             ("unknown", SILENT, "0.0195", "ab", "0.0205", "abc"),

@@ -23,7 +23,7 @@ from tests.batches import (
     drawn,
 )
 from tests.case import Argument, Child, Run
-from tests.pictures import png
+from tests.images import png
 from tests.server import Reply, answer, refusal
 
 
@@ -31,12 +31,12 @@ class ResumeCase(BatchCase):
     """A case that stops batches and runs them again."""
 
     def again(self, *argv: Argument, code: int = 0, sends: int = 0, saves: int = 0) -> Run:
-        """Run the batch again; assert how many POSTs and pictures that makes."""
-        posts, pictures = len(self.api.posts), len(self.painted())
+        """Run the batch again; assert how many POSTs and images that makes."""
+        posts, images = len(self.api.posts), len(self.painted())
         run = self.batch(*argv, code=code)
         grown = (len(self.api.posts) - posts, len(run.saved))
         self.assertEqual(grown, (sends, saves), self.story(run))
-        self.assertLessEqual(len(self.painted()) - pictures, saves)
+        self.assertLessEqual(len(self.painted()) - images, saves)
         return run
 
     def under_way(
@@ -62,8 +62,8 @@ class ResumeCase(BatchCase):
         self.wait_until(lambda: not self.processes())
 
     def check_done(self, *labels: str) -> None:
-        """Assert that the folder has these pictures under their numbers, and nothing is left."""
-        self.check_pictures(**{f"{at:04}": label for at, label in enumerate(labels, 1)})
+        """Assert that the folder has these images under their numbers, and nothing is left."""
+        self.check_images(**{f"{at:04}": label for at, label in enumerate(labels, 1)})
         self.assertEqual(set(self.states().values()), {"saved"})
         self.assertEqual((self.jobs(), self.processes()), ([], []))
 
@@ -78,7 +78,7 @@ class Again(ResumeCase):
             "limit": NO_CREDIT,
             "oops": refusal(500, "server_error", "Oops."),
             "silence": SILENT,
-            "half": answer(drawn("x"), b"no picture"),
+            "half": answer(drawn("x"), b"no image"),
         }
         self.write(*({"prompt": prompt, "id": prompt} for prompt in replies))
         for prompt, reply in replies.items():
@@ -114,7 +114,7 @@ class Again(ResumeCase):
         self.again("--size", "1024x1024", *LOW)
         self.no_request(other)
 
-    def test_a_picture_that_finds_no_place(self) -> None:
+    def test_a_image_that_finds_no_place(self) -> None:
         """Its folder is in the way: it stays in the job folder until that is mended."""
         blocked = self.folder / "sub"
 
@@ -138,11 +138,11 @@ class Again(ResumeCase):
         self.prompts("new", "a", "b", "newer", "c")
         self.again(sends=2, saves=2)
         names = {"0001": "a", "0002": "b", "0003": "c", "0004": "newer", "0006": "new"}
-        self.check_pictures(**names)
+        self.check_images(**names)
         self.again()
         self.prompts("c", "last", "a")
         self.again(sends=1, saves=1)
-        self.check_pictures(**names, **{"0005": "last"})
+        self.check_images(**names, **{"0005": "last"})
 
     def test_an_edited_line_is_a_new_job(self) -> None:
         self.write({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "id": "fox"})
@@ -152,7 +152,7 @@ class Again(ResumeCase):
         self.again(sends=3, saves=4)
         names = {"0001": "a", "0002": "b2", "0004": "a2"}
         foxes = {"fox": "c", "fox-1": "c again", "fox-2": "c again, 2"}
-        self.check_pictures(**names, **foxes)
+        self.check_images(**names, **foxes)
         self.again()
 
     def test_one_more_of_the_same(self) -> None:
@@ -184,7 +184,7 @@ class Again(ResumeCase):
         self.assertEqual(self.api.posts[-1].json["quality"], "high")
         self.again("--quality", "high")
 
-    def test_a_change_of_the_config_and_of_an_input_picture(self) -> None:
+    def test_a_change_of_the_config_and_of_an_input_image(self) -> None:
         room = self.work / "room.png"
         room.write_bytes(png(16, 16, seed=1))
         self.configure(quality="low")
@@ -194,7 +194,7 @@ class Again(ResumeCase):
         self.differs(says=r"1 saved job differs \(quality low -> medium\)")
         self.configure(quality="low")
         room.write_bytes(png(16, 16, seed=2))
-        self.differs(says="picture")
+        self.differs(says="image")
         self.again("--redo", "changed", sends=1, saves=1)
 
     def test_what_was_not_billed_may_change(self) -> None:
@@ -217,11 +217,11 @@ class Again(ResumeCase):
         self.batch()
         self.again("--redo", "all", sends=2, saves=2)
         names = {"0001": "a", "0001-2": "a again", "0002": "b", "0002-2": "b again"}
-        self.check_pictures(**names)
+        self.check_images(**names)
         self.again()
         self.again("--redo", "all", "--force", sends=2, saves=2)
         names.update({"0001": "a again again", "0002": "b again again"})
-        self.check_pictures(**names)
+        self.check_images(**names)
 
     def test_some_by_their_ids(self) -> None:
         words = ("failed", "unknown", "changed")
@@ -294,7 +294,7 @@ class Killed(ResumeCase):
         self.prompts("c", "a", "b")
         run = self.again(*ONE, sends=1, saves=3)
         self.assertEqual(run.saved[-1].name, "0004.png")
-        self.check_pictures(**{"0001": "a", "0002": "b", "0004": "c"})
+        self.check_images(**{"0001": "a", "0002": "b", "0004": "c"})
 
     def test_and_its_curls_too(self) -> None:
         tool, _ = self.under_way("a", "b")
@@ -394,7 +394,7 @@ class Journals(ResumeCase):
         self.assertEqual(self.posted(), ["b"])
 
     def test_one_that_takes_half_a_line(self) -> None:
-        """Nothing more is begun; where an answer had come, the next run finds the picture."""
+        """Nothing more is begun; where an answer had come, the next run finds the image."""
         self.prompts("a", "b")
         self.batch(*ONE, "--output-dir", "probe")
         sent = (self.work / "probe" / "results.jsonl").read_bytes().index(b"\n") + 1
@@ -544,4 +544,4 @@ class Shards(ResumeCase):
         for run in others:
             self.assertIn("results-1-of-2", self.check(run, 2).err)
         self.check(second, 0)
-        self.check_pictures(**{"0001": "a", "0002": "b"})
+        self.check_images(**{"0001": "a", "0002": "b"})

@@ -10,10 +10,10 @@ import ssl
 from typing import Any, NamedTuple
 
 from tests.case import Run, SystemCase
-from tests.pictures import png
+from tests.images import png
 from tests.server import KEY, Api, Reply, answer, models, refusal
 
-PICTURE = png(8, 8)
+IMAGE = png(8, 8)
 LARGE = png(800, 800, seed=1)  # 1.9 MB, for which curl would ask first
 
 # A curl that notes what it is given, and then is the real one.
@@ -68,7 +68,7 @@ class TestLines(SystemCase):
         recorder.chmod(0o755)
         self.env["PATH"] = f"{programs}{os.pathsep}{self.env['PATH']}"
         self.configure(timeout=77, connect_timeout=3, user_agent="Fox/1.0")
-        (self.work / "a.png").write_bytes(PICTURE)
+        (self.work / "a.png").write_bytes(IMAGE)
 
     def calls(self, *argv: str, **options: Any) -> list[Call]:
         """Run the tool, and return the calls of curl that have a config."""
@@ -87,7 +87,7 @@ class TestLines(SystemCase):
         self.assertLessEqual({name for name, _ in call.options}, set(ALLOWED.split()))
 
     def test_a_paid_post(self) -> None:
-        self.serve_base(otherwise=answer(PICTURE))
+        self.serve_base(otherwise=answer(IMAGE))
         body = {"generate": "data-binary", "edit": "form"}
         for argv in (("generate", "a fox"), ("edit", "a.png", "a fox", "--param", "a=b")):
             with self.subTest(argv[0]):
@@ -104,8 +104,8 @@ class TestLines(SystemCase):
 
     def test_a_download_and_a_check(self) -> None:
         api = self.serve_base()
-        open_link, shut_link = api.put("/a.png", PICTURE), f"{api.origin}/b.png"
-        api.files["/b.png"] = [refusal(401, None, "No."), Reply(body=PICTURE)]
+        open_link, shut_link = api.put("/a.png", IMAGE), f"{api.origin}/b.png"
+        api.files["/b.png"] = [refusal(401, None, "No."), Reply(body=IMAGE)]
         api.files["/v1/models"] = models("gpt-image-2")
         api.script += [answer(open_link), answer(shut_link)]
         for command, url, with_key in (
@@ -121,7 +121,7 @@ class TestLines(SystemCase):
 
     def test_no_key_in_arguments_or_environment(self) -> None:
         """Wherever it comes from, and whatever else is secret there."""
-        api = self.serve(otherwise=answer(PICTURE))
+        api = self.serve(otherwise=answer(IMAGE))
         others = {"OPENAI_API_KEY": "sk-other-key", "SSLKEYLOGFILE": f"{self.tmp}/tls"}
         for way, settings, env in (
             ("variable", {"api_key_env": "MY_OWN_WORD"}, {"MY_OWN_WORD": KEY}),
@@ -145,7 +145,7 @@ class TestAround(SystemCase):
         return self.check(self.run_tool("generate", "a fox"), code)
 
     def test_the_users_curlrc_is_not_read(self) -> None:
-        api = self.serve_base(otherwise=answer(PICTURE))
+        api = self.serve_base(otherwise=answer(IMAGE))
         del self.env["XDG_CONFIG_HOME"]
         for variable in ("HOME", "XDG_CONFIG_HOME", "CURL_HOME"):  # each goes before the last
             with self.subTest(variable):
@@ -157,7 +157,7 @@ class TestAround(SystemCase):
                 self.assertNotIn("x-spy", api.posts[-1].headers)
 
     def test_a_post_follows_no_redirect(self) -> None:
-        api, other = self.serve_base(), self.serve(otherwise=answer(PICTURE))
+        api, other = self.serve_base(), self.serve(otherwise=answer(IMAGE))
         for status in (301, 302, 303, 307, 308):
             for where in (f"{other.base_url}/images/generations", "/v1/elsewhere"):
                 with self.subTest(status, where=where):
@@ -167,8 +167,8 @@ class TestAround(SystemCase):
                     self.assertEqual(len(api.requests), requests + 1)
                     self.no_request(other)
 
-    def test_a_state_folder_with_any_name_and_a_large_picture(self) -> None:
-        api = self.serve_base(otherwise=answer(PICTURE))
+    def test_a_state_folder_with_any_name_and_a_large_image(self) -> None:
+        api = self.serve_base(otherwise=answer(IMAGE))
         (self.work / "a.png").write_bytes(LARGE)
         state = self.new_folder("st\"a\\te' ;type=x,日本 {a}[1-3]")
         self.env["XDG_STATE_HOME"] = str(state)
@@ -181,18 +181,18 @@ class TestAround(SystemCase):
         self.assertNotIn("expect", api.posts[1].headers)
 
     def test_a_servers_own_certificate(self) -> None:
-        """It counts once `cacert` names it, for the request and for the picture's link."""
+        """It counts once `cacert` names it, for the request and for the image's link."""
         own = self.certificate()
         api = TlsApi(answer("/a.png"))
         api.context.load_cert_chain(own)
         self.addCleanup(api.close)
-        api.put("/a.png", PICTURE)
+        api.put("/a.png", IMAGE)
         settings = {"base_url": f"https://localhost:{api.port}/v1", "api_key": KEY}
         self.configure(**settings)
         self.assertEqual((self.generate(7).saved, api.requests), ([], []))
         self.configure(**settings, cacert=str(own))
         (path,) = self.generate().saved
-        self.assertEqual((path.read_bytes(), len(api.posts), len(api.gets)), (PICTURE, 1, 1))
+        self.assertEqual((path.read_bytes(), len(api.posts), len(api.gets)), (IMAGE, 1, 1))
 
 
 class TlsApi(Api):

@@ -24,17 +24,17 @@ from tests.deferreds import (
     UPLOAD,
     BatchApi,
     Hold,
+    image_of,
     lost,
     made,
-    picture_of,
     refused,
     served,
 )
-from tests.pictures import png, png_chunk
+from tests.images import png, png_chunk
 from tests.server import KEY, Reply, b64, data_url, json_reply, page, refusal
 
 LOW = ("--quality", "low", "--size", "1024x1024")  # with a price
-PICTURE = picture_of("job 1")
+IMAGE = image_of("job 1")
 SILENT = Reply(silent=True)
 BEGUN = Reply(200, b'{"id": "batch_0", "obj', cut=10)  # an answer that is cut
 GATEWAY = page(502, "Bad Gateway")
@@ -152,14 +152,14 @@ class DeferredCase(SystemCase):
     def check_states(self, *states: str) -> None:
         self.assertEqual(list(self.states().values()), list(states))
 
-    def pictures(self) -> dict[str, bytes]:
+    def images(self) -> dict[str, bytes]:
         names = [n for n in self.listing(self.folder) if not re.search(r"\.(jsonl|html|lock)$", n)]
         return {name: (self.folder / name).read_bytes() for name in names}
 
-    def check_pictures(self, *prompts: str) -> None:
-        """Assert that the pictures of these prompts are saved, each once, and no others."""
-        expected = collections.Counter(map(picture_of, prompts))
-        self.assertEqual(collections.Counter(self.pictures().values()), expected)
+    def check_images(self, *prompts: str) -> None:
+        """Assert that the images of these prompts are saved, each once, and no others."""
+        expected = collections.Counter(map(image_of, prompts))
+        self.assertEqual(collections.Counter(self.images().values()), expected)
 
     def check_batches(self, **expected: int) -> None:
         names = [self.api.batches[name]["endpoint"].rpartition("/")[2] for name in self.api.own()]
@@ -169,7 +169,7 @@ class DeferredCase(SystemCase):
         """Go on to the end with jobs of both kinds; nothing is lost, doubled or left behind."""
         self.settle()
         self.check_batches(generations=1, edits=1)
-        self.check_pictures("job 1", "job 2", "job 3")
+        self.check_images("job 1", "job 2", "job 3")
         self.check_states("saved", "saved", "saved")
         self.check_nothing_left()
 
@@ -179,7 +179,7 @@ class DeferredCase(SystemCase):
 
 
 class Way(DeferredCase):
-    """From the jobs file to the pictures; --wait and --cancel."""
+    """From the jobs file to the images; --wait and --cancel."""
 
     def test_submits_tells_and_fetches(self) -> None:
         self.write({"prompt": "job 1", "size": "1024x1024"}, {"prompt": "job 2", "id": "two"})
@@ -192,7 +192,7 @@ class Way(DeferredCase):
         self.assertEqual(first["body"], body)
         self.api.end()
         self.assertEqual([path.name for path in self.batch().saved], ["0001.png", "two.png"])
-        self.assertEqual(list(self.pictures().values()), [PICTURE, picture_of("job 2")])
+        self.assertEqual(list(self.images().values()), [IMAGE, image_of("job 2")])
         self.assertEqual(self.batch().out, "")
         self.check_batches(generations=1)
         self.check_nothing_left()
@@ -208,7 +208,7 @@ class Way(DeferredCase):
         (line,) = self.api.lines("batch_1")
         self.assertEqual(line["url"], "/v1/images/edits")
         found = [entry["image_url"] for entry in [*line["body"]["images"], line["body"]["mask"]]]
-        self.assertEqual(found, [data_url(picture) for picture in (png(32, 32), png(32, 32), mask)])
+        self.assertEqual(found, [data_url(image) for image in (png(32, 32), png(32, 32), mask)])
         self.api.end("batch_0")
         self.assertIn("batch_1: cancelling", self.batch("--cancel").err)
 
@@ -227,11 +227,11 @@ class Way(DeferredCase):
         self.batch(code=None)
         expected = {"0001-1": (1, 1), "0001-2": (1, 2), "two": (2, 1), "0003": (3, 1)}
         expected.update({"four": (4, 1), "sub/five": (5, 1)})
-        pairs = {f"{name}.png": picture_of(f"job {j}", k) for name, (j, k) in expected.items()}
-        self.assertEqual(self.pictures(), pairs)
+        pairs = {f"{name}.png": image_of(f"job {j}", k) for name, (j, k) in expected.items()}
+        self.assertEqual(self.images(), pairs)
         self.settle()
         self.assertEqual(self.api.prompts("batch_2"), ["job 22", "job 7"])
-        self.assertEqual(len(self.pictures()), 8)
+        self.assertEqual(len(self.images()), 8)
 
     def test_waits_longer_and_longer_and_tells_what_changes(self) -> None:
         self.numbered(2)
@@ -299,10 +299,10 @@ class Kills(DeferredCase):
 
     def test_while_results_come(self) -> None:
         """The next run waits for the curl of a killed one: two in one file would spoil it."""
-        picture = PICTURE[:-12] + png_chunk(b"noIs", os.urandom(150_000)) + PICTURE[-12:]
+        image = IMAGE[:-12] + png_chunk(b"noIs", os.urandom(150_000)) + IMAGE[-12:]
         held = Hold()
         self.submitted(3)
-        self.api.result = lambda line: served({"b64_json": b64(picture)})
+        self.api.result = lambda line: served({"b64_json": b64(image)})
         self.api.end()
         body = self.api.contents["file_1"]
         chunks = (body[:200_000], held.reached.set, held.release, body[200_000:])
@@ -311,7 +311,7 @@ class Kills(DeferredCase):
         with pauses(bool, held.release.set) as waits:
             self.batch()
         self.assertGreater(len(waits), 1)
-        self.assertEqual(list(self.pictures().values()), [picture] * 3)
+        self.assertEqual(list(self.images().values()), [image] * 3)
 
     def test_another_batch_leaves_the_late_curl_of_a_create_alone(self) -> None:
         self.numbered(1)
@@ -447,7 +447,7 @@ class Ends(DeferredCase):
         self.batch(code=9)
         self.batch(code=9)
         self.check_batches(generations=2)
-        self.check_pictures("job 1", "job 3", "job 4", "job 5", "job 6")
+        self.check_images("job 1", "job 3", "job 4", "job 5", "job 6")
 
     def test_a_batch_without_any_file(self) -> None:
         errors = {"data": [{"code": "x", "message": "Enqueued token limit.", "line": None}]}
@@ -459,7 +459,7 @@ class Ends(DeferredCase):
         self.assertNotIn("may have been billed", run.err)
         self.check_states("failed", "failed")
         self.settle()
-        self.check_pictures("job 1", "job 2")
+        self.check_images("job 1", "job 2")
 
     def test_a_job_without_a_word_in_a_whole_batch_is_unknown(self) -> None:
         self.api.result = answers(job_2=None)
@@ -485,7 +485,7 @@ class Ends(DeferredCase):
         self.submitted(3)
         self.api.end(shape=shape)
         self.batch(code=9)
-        self.check_pictures("job 1", "job 2")
+        self.check_images("job 1", "job 2")
         self.check_states("saved", "saved", "unknown")
 
     def test_a_result_that_nobody_can_save_is_kept_and_stops_no_other(self) -> None:
@@ -498,7 +498,7 @@ class Ends(DeferredCase):
                 self.api.result = answers(job_1=served(data))
                 self.api.end()
                 self.assertIn(self.batch(code=None).code, (9, 10))
-                self.check_pictures("job 2")
+                self.check_images("job 2")
                 text = str(list(data.values())[-1])
                 self.assertTrue(self.files_with(text), "it is lost")
                 self.numbered(3)
@@ -512,9 +512,9 @@ class Ends(DeferredCase):
         self.api.cut = len(self.api.contents["file_1"]) // 6 + 1
         with pauses():
             self.assertIn(self.batch(code=None).code, (1, 7, 10))
-            self.assertEqual(self.pictures(), {})
+            self.assertEqual(self.images(), {})
             self.batch()
-        self.check_pictures("job 1", "job 2", "job 3", "job 4")
+        self.check_images("job 1", "job 2", "job 3", "job 4")
         ranges = [request.headers.get("range") for request in self.api.asked(CONTENT)]
         self.assertEqual(ranges, [None, *(f"bytes={self.api.cut * k}-" for k in range(1, 6))])
 

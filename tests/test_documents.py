@@ -22,7 +22,7 @@ from unittest import mock
 
 import gpt_image2
 from tests.case import ROOT, SCRIPT, Case, Run
-from tests.pictures import png
+from tests.images import png
 from tests.server import answer
 
 README, SKILL, CHANGELOG = (ROOT / name for name in ("README.md", "SKILL.md", "CHANGELOG.md"))
@@ -108,7 +108,7 @@ class DocumentCase(Case):
 
 @unittest.skipUnless(shutil.which("sh"), "there is no sh here")
 class TestExamples(DocumentCase):
-    """Each shell block is a script, run in a folder that holds the pictures it speaks of."""
+    """Each shell block is a script, run in a folder that holds the images it speaks of."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -129,8 +129,8 @@ class TestExamples(DocumentCase):
         (self.work / "prompt.txt").write_text("a harbour at dawn\n")
         (self.work / "prompts.txt").write_text("a harbour at dawn\na harbour at night\n")
         (self.work / "jobs.jsonl").write_text(next(iter(blocks("jsonl").values())))
-        for picture in ("room.png", "input.png", "fruit/apple.png", "fruit/pear.png"):
-            (self.work / picture).write_bytes(ROOM)
+        for image in ("room.png", "input.png", "fruit/apple.png", "fruit/pear.png"):
+            (self.work / image).write_bytes(ROOM)
         (self.work / "mask.png").write_bytes(MASK)
 
     def calls(self, script: str) -> Iterator[tuple[list[str], dict[str, str], bytes]]:
@@ -150,7 +150,7 @@ class TestExamples(DocumentCase):
     def call(self, words: list[str], env: dict[str, str], stdin: bytes) -> Run:
         """Make one call, where it can neither cost anything nor leave this machine."""
         if words[:2] == ["recover", "--last"]:
-            reply = answer(png(8, 8))  # cut after its only picture: that leaves a job
+            reply = answer(png(8, 8))  # cut after its only image: that leaves a job
             api = self.serve(reply._replace(cut=len(reply.body) - 2))
             self.check(self.run_tool("generate", "a fox", "--base-url", api.base_url), 8)
         if any(LOCAL_SERVER in word for word in words):

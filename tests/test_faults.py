@@ -10,14 +10,14 @@ from tests.faults import FAULTS, Fault, Outcome, Stage, markdown_row
 
 
 class TestFaults(Stage):
-    """What comes of each fault: exit code, POSTs, pictures on disk, and what recover brings."""
+    """What comes of each fault: exit code, POSTs, images on disk, and what recover brings."""
 
     def check_fault(self, fault: Fault) -> None:
         """Compare a row with what is seen of it."""
         seen = self.play(fault)
         story = f"{fault.name}\n{self.story(seen.run)}\n{seen.recovered or ''}"
         self.assertEqual(seen.outcome, fault.outcome, story)
-        self.assertEqual(seen.lost, 0, f"pictures are lost: {story}")
+        self.assertEqual(seen.lost, 0, f"images are lost: {story}")
         self.assertIn(fault.says, seen.run.err, story)
         last_lines = seen.run.err.splitlines()[-1:]
         if fault.outcome.recover and fault.outcome.recover[1] and seen.run.code > 0:
@@ -68,8 +68,8 @@ class TestTheTable(unittest.TestCase):
 
     def test_prints_a_row(self) -> None:
         for outcome, cells in (
-            (Outcome(8, 1, 0, (9, 2)), "| a cut | 8 | 1 | 0 | yes | 2 pictures, exit 9 |"),
-            (Outcome(-9, recover=(0, 1)), "| a cut | killed | 1 | 0 | yes | 1 picture, exit 0 |"),
+            (Outcome(8, 1, 0, (9, 2)), "| a cut | 8 | 1 | 0 | yes | 2 images, exit 9 |"),
+            (Outcome(-9, recover=(0, 1)), "| a cut | killed | 1 | 0 | yes | 1 image, exit 0 |"),
             (Outcome(4), "| a cut | 4 | 1 | 0 | no |  |"),
         ):
             self.assertEqual(markdown_row("a cut", outcome), cells)

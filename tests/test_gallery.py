@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tests.batches import LOW, BatchCase
-from tests.pictures import jpeg
+from tests.images import jpeg
 from tests.server import answer, refusal
 
 
@@ -64,7 +64,7 @@ class Galleries(BatchCase):
         self.assertEqual(list(map(unquote, page.values("src"))), list(names))
         return page
 
-    def test_pictures_with_prompt_size_cost_and_seconds(self) -> None:
+    def test_images_with_prompt_size_cost_and_seconds(self) -> None:
         self.write({"prompt": "a fox"}, {"prompt": "two", "n": 2, "id": "pair"})
         self.batch("--provider", "openai", *LOW)
         page = self.check_shown("0001.png", "pair-1.png", "pair-2.png")
@@ -93,7 +93,7 @@ class Galleries(BatchCase):
         self.assertIn(f"{nasty}\n{name} · ", page.texts[1])
         self.assertIn("<i>x&amp;", page.texts[0])
 
-    def test_pictures_elsewhere_and_of_another_kind(self) -> None:
+    def test_images_elsewhere_and_of_another_kind(self) -> None:
         self.painter.order("d", answer(jpeg(8, 8)))
         places = ("sub/x y.png", str(self.tmp / "far.png"), "../beside.png")
         self.write(*({"prompt": "a", "output": place} for place in places), {"prompt": "d"})

@@ -1,6 +1,6 @@
 """Jobs: the folder that keeps a request and its answer, resuming, recover, and signals.
 
-What each fault and each signal at each moment comes to (exit code, pictures, what recover brings)
+What each fault and each signal at each moment comes to (exit code, images, what recover brings)
 stands in the fault table, tests/faults.py; here is what that can't show.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 from tests.case import Argument, Child, Run, SystemCase
-from tests.pictures import png
+from tests.images import png
 from tests.server import KEY, Api, Reply, answer, b64, refusal
 
 FIRST, SECOND, THIRD = (png(40, 30 + i, seed=i) for i in range(3))  # about 4 KB each
@@ -28,7 +28,7 @@ NAMES = {FIRST: "first", SECOND: "second", THIRD: "third"}
 FOX = ("generate", "a fox")
 FOXES = (*FOX, "--n", "3")
 THREE = answer(FIRST, SECOND, THIRD)
-MIDDLE = THREE.body.index(b64(THIRD).encode()) + 2000  # two pictures are whole here
+MIDDLE = THREE.body.index(b64(THIRD).encode()) + 2000  # two images are whole here
 CUT = THREE._replace(cut=MIDDLE)
 SILENT = Reply(silent=True)
 
@@ -37,7 +37,7 @@ class JobCase(SystemCase):
     """A case with calls that are waited for, killed or kept."""
 
     def mid_answer(self) -> tuple[Child[bytes], threading.Event]:
-        """Start a call; return it once it has two of three pictures, and what lets it go on.
+        """Start a call; return it once it has two of three images, and what lets it go on.
 
         Every byte is on disk by then, not in a buffer of curl's, which would go with it.
         """
@@ -88,8 +88,8 @@ class JobCase(SystemCase):
         self.wait_until(lambda: "recovering" in (job / "job.json").read_text())
         return tool
 
-    def pictures(self, *runs: Run) -> list[str]:
-        """Return the names of the pictures at the `Saved:` lines, sorted."""
+    def images(self, *runs: Run) -> list[str]:
+        """Return the names of the images at the `Saved:` lines, sorted."""
         paths = [path for run in runs for path in run.saved]
         return sorted(NAMES.get(path.read_bytes(), str(path)) for path in paths)
 
@@ -120,7 +120,7 @@ class TestFolder(JobCase):
         self.recover("--clean", "--older-than", "0s")
         release.set()
         run = self.check(self.finish(tool), 0)
-        self.assertEqual(self.pictures(run), ["first", "second", "third"])
+        self.assertEqual(self.images(run), ["first", "second", "third"])
 
     def test_two_of_one_name(self) -> None:
         """The same request, second and random number: the earlier answer stays untouched."""
@@ -135,7 +135,7 @@ class TestFolder(JobCase):
             second = self.kept(answer(SECOND, THIRD[:1000]), 9)
         self.assertEqual(draws, [])
         self.assertEqual(first.name[:-4], second.name[:-4])
-        self.assertEqual(self.pictures(self.recover(first.name, code=9)), ["first", "second"])
+        self.assertEqual(self.images(self.recover(first.name, code=9)), ["first", "second"])
 
     def test_the_last_line_runs_as_it_stands(self) -> None:
         """Wherever the script lies, and wherever the line is run."""
@@ -152,7 +152,7 @@ class TestFolder(JobCase):
             command, env=self.env, cwd=self.home, capture_output=True, check=False
         )
         rescued = self.check(Run(command, done.returncode, done.stdout, ""), 9)
-        self.assertEqual(self.pictures(rescued), ["first", "second"])
+        self.assertEqual(self.images(rescued), ["first", "second"])
 
     def test_an_answer_without_a_byte_is_kept_but_not_offered(self) -> None:
         self.serve_base(SILENT)
@@ -204,7 +204,7 @@ class TestPlace(JobCase):
         self.assertEqual(job.parent, spare / "jobs")
         self.assertEqual([stat.S_IMODE(p.stat().st_mode) for p in (spare, job.parent)], [0o700] * 2)
         self.assertIn(job.name, self.recover().out)
-        self.assertEqual(self.pictures(self.recover("--last", code=9)), ["first", "second"])
+        self.assertEqual(self.images(self.recover("--last", code=9)), ["first", "second"])
 
         def check_refused(name: str) -> None:
             with self.subTest(name):
@@ -245,7 +245,7 @@ class TestResumed(JobCase):
         self.release = threading.Event()
 
     def held(self, *replies: Reply | bytes) -> Api:
-        """Serve replies, or one picture each, once self.release is set."""
+        """Serve replies, or one image each, once self.release is set."""
         whole = (answer(reply) if isinstance(reply, bytes) else reply for reply in replies)
         return self.serve_base(*(reply._replace(before=self.release) for reply in whole))
 
@@ -265,7 +265,7 @@ class TestResumed(JobCase):
         self.let_come(self.release)
         run = self.resumed("edit", "copy.png", "--prompt", "a fox", "-o", "fox.png")
         self.assertEqual(run.saved, [self.work / "fox.png"])
-        self.assertEqual((self.pictures(run), self.jobs()), (["first"], []))
+        self.assertEqual((self.images(run), self.jobs()), (["first"], []))
 
     def test_another_request_is_sent(self) -> None:
         (self.work / "in.png").write_bytes(png(64, 64))
@@ -289,8 +289,8 @@ class TestResumed(JobCase):
                 self.servers[-1].script.append(answer(SECOND))
                 run = self.check(self.run_tool(*second), 0)
                 self.assertNotIn("resumed", run.err)
-                self.assertEqual(self.pictures(run), ["second"])
-                self.assertEqual(self.pictures(self.recover("--last")), ["first"])
+                self.assertEqual(self.images(run), ["second"])
+                self.assertEqual(self.images(self.recover("--last")), ["first"])
 
     def test_each_answer_is_finished_once(self) -> None:
         """Three calls at once, of which two are killed; then three more, of which one sends."""
@@ -303,12 +303,12 @@ class TestResumed(JobCase):
         api.wait_for_request(4)
         self.release.set()
         runs = [self.check(self.finish(tool), 0) for tool in (living, *again)]
-        self.assertEqual(self.pictures(*runs), ["first", "first", "second", "third"])
+        self.assertEqual(self.images(*runs), ["first", "first", "second", "third"])
         self.assertEqual(sum("resumed" in run.err for run in runs[1:]), 2)
         self.assertEqual((len(api.posts), self.jobs()), (4, []))
 
     def test_what_came_meanwhile_is_told_and_not_paid_again(self) -> None:
-        for reply, code, told, pictures in (
+        for reply, code, told, images in (
             (refusal(400, "moderation_blocked", "Blocked."), 5, "Blocked", []),
             (CUT, 8, "--new", ["first", "second"]),
         ):
@@ -317,9 +317,9 @@ class TestResumed(JobCase):
                 self.killed(self.held(reply), *FOXES)
                 self.let_come(self.release)
                 self.assertIn(told, self.resumed(*FOXES, code=code).err)
-                self.assertEqual(len(self.jobs()), 1 if pictures else 0)
-                run = self.recover("--all", code=9 if pictures else 0)
-                self.assertEqual(self.pictures(run), pictures)
+                self.assertEqual(len(self.jobs()), 1 if images else 0)
+                run = self.recover("--all", code=9 if images else 0)
+                self.assertEqual(self.images(run), images)
 
     def test_a_request_that_left_nothing_is_sent_again_with_a_warning(self) -> None:
         api = self.held(SILENT, SECOND)
@@ -361,7 +361,7 @@ class TestLastMoment(JobCase):
                 self.assertNotIn("no answer", run.out)
                 if command != FOX:
                     run = self.recover(job.name)
-                self.assertEqual(self.pictures(run), ["first"])
+                self.assertEqual(self.images(run), ["first"])
                 self.assertEqual(len(api.posts), 2 if name == "a sweep" else 1)
 
 
@@ -404,7 +404,7 @@ class TestChoosing(JobCase):
         for first, second in ((FIRST, THIRD), (SECOND, THIRD), (THIRD, FIRST)):
             reply = answer(first, second)
             self.kept(reply._replace(cut=reply.body.index(b64(second).encode()) + 99))
-            self.assertEqual(self.pictures(self.recover("--last", code=9)), [NAMES[first]])
+            self.assertEqual(self.images(self.recover("--last", code=9)), [NAMES[first]])
 
     def test_all(self) -> None:
         """Exit 10 where nothing could be saved, 9 where something could, 0 where all is there."""
@@ -416,9 +416,9 @@ class TestChoosing(JobCase):
         document = self.recover("--all", "--json", code=10).json
         self.assertEqual((document["ok"], document["error"]["exit_code"]), (False, 10))
         self.assertEqual({job["job_id"] for job in document["jobs"]}, jobs)
-        for name, picture, code in (("a", FIRST, 9), ("b", SECOND, 0)):
-            api.put(f"/{name}.png", picture)
-            self.assertEqual(self.pictures(self.recover("--all", code=code)), [NAMES[picture]])
+        for name, image, code in (("a", FIRST, 9), ("b", SECOND, 0)):
+            api.put(f"/{name}.png", image)
+            self.assertEqual(self.images(self.recover("--all", code=code)), [NAMES[image]])
         self.assertEqual(self.jobs(), [])
 
     def test_an_unknown_id(self) -> None:
@@ -444,7 +444,7 @@ class TestChoosing(JobCase):
                 taken.parent.mkdir(exist_ok=True)
                 taken.write_bytes(b"mine")
                 run = self.check(self.run_tool("recover", job.name, *options, cwd=self.home), 9)
-                self.assertEqual(self.pictures(run), ["first", "second"])
+                self.assertEqual(self.images(run), ["first", "second"])
                 self.assertEqual([path.name for path in run.saved], wanted or mock.ANY)
                 self.assertEqual({path.parent for path in run.saved}, {taken.parent})
                 self.assertEqual(taken.read_bytes() == b"mine", name != "replaced")
@@ -455,11 +455,11 @@ class TestChoosing(JobCase):
 
 
 class TestSalvage(JobCase):
-    """Whole pictures out of what is no whole answer."""
+    """Whole images out of what is no whole answer."""
 
     def test_whatever_the_json_looks_like(self) -> None:
         whole = {"usage": {}, "data": [{"b64_json": b64(FIRST)}, {"b64_json": b64(SECOND)}]}
-        links = [{"url": "data:image/png;base64," + b64(picture)} for picture in (FIRST, SECOND)]
+        links = [{"url": "data:image/png;base64," + b64(image)} for image in (FIRST, SECOND)]
         for name, text in {
             "pretty": "\n\n\n" + json.dumps(whole, indent=4),
             "slashes escaped": json.dumps(whole).replace("/", r"\/"),
@@ -467,7 +467,7 @@ class TestSalvage(JobCase):
         }.items():
             with self.subTest(name):
                 job = self.kept(Reply(200, text.encode(), cut=len(text) - 1000))
-                self.assertEqual(self.pictures(self.recover(job.name, code=9)), ["first"])
+                self.assertEqual(self.images(self.recover(job.name, code=9)), ["first"])
 
     def test_links_are_fetched_again_without_another_hosts_key(self) -> None:
         api = self.serve_base()
@@ -477,7 +477,7 @@ class TestSalvage(JobCase):
         self.serve_base()
         self.assertIn("403", self.recover("--last", code=10).err)
         api.put("/fox.png", FIRST)
-        self.assertEqual(self.pictures(self.recover("--last")), ["first"])
+        self.assertEqual(self.images(self.recover("--last")), ["first"])
         self.assertEqual(len(api.gets), before + 2)
         self.assertNotIn(KEY, "".join(map(str, api.gets[before:])))
 
@@ -506,17 +506,17 @@ class TestWaiting(JobCase):
         (job / "job.json").write_text(record)  # so that one sees when the next recover has it
         tool = self.waiting_recover(job)
         release.set()
-        self.assertEqual(self.pictures(self.check(self.finish(tool), 0)), ["first"])
+        self.assertEqual(self.images(self.check(self.finish(tool), 0)), ["first"])
         self.assertEqual((len(api.posts), self.jobs()), (1, []))
 
     def test_again_and_side_by_side(self) -> None:
-        """Every picture is there, and none is spoilt, whoever comes first."""
+        """Every image is there, and none is spoilt, whoever comes first."""
         job = self.kept(CUT, 8, "-o", "fox.png")
         tools = [self.start_tool("recover", job.name) for _ in range(2)]
         runs = [self.finish(tool) for tool in tools] + [self.recover(job.name, code=9)]
         for run in runs:
             self.check(run, 9 if run.saved else 10)
-        self.assertEqual(set(self.pictures(*runs)), {"first", "second"})
+        self.assertEqual(set(self.images(*runs)), {"first", "second"})
         self.assertEqual(self.listing(), ["fox-1.png", "fox-2.png"])
 
 
@@ -537,7 +537,7 @@ class TestUpkeep(JobCase):
                 self.assertEqual(self.recover(job.name, code=10).saved, [])
                 self.assertTrue((job / "response.json").stat().st_size)
         self.kept()
-        self.assertEqual(self.pictures(self.recover("--all", code=9)), ["first", "second"])
+        self.assertEqual(self.images(self.recover("--all", code=9)), ["first", "second"])
 
     def test_clean_removes_what_is_old(self) -> None:
         for name, options, gone, stays in (
@@ -587,4 +587,4 @@ class TestStopped(JobCase):
         for number in (signal.SIGHUP, signal.SIGINT):
             tool.send_signal(number)
         release.set()
-        self.assertEqual(self.pictures(self.check(self.finish(tool), 0)), ["first"])
+        self.assertEqual(self.images(self.check(self.finish(tool), 0)), ["first"])

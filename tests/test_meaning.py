@@ -9,7 +9,7 @@ from typing import Any
 
 import gpt_image2
 from tests.case import Case, Run
-from tests.pictures import png
+from tests.images import png
 from tests.server import Reply, b64, data_url, event_stream, json_reply
 
 SMALL = png(40, 30, seed=1)

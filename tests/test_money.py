@@ -1,4 +1,4 @@
-"""What a picture cost, what it may cost, and where that is written down: history and sidecars."""
+"""What an image cost, what it may cost, and where that is written down: history and sidecars."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 from typing import Any
 
 from tests.case import Argument, Case, Run
-from tests.pictures import png
+from tests.images import png
 from tests.server import KEY, NODEKEY_USAGE, OPENAI_USAGE, Json, Reply, answer, refusal
 
-PICTURE, OTHER = png(64, 64), png(64, 64, rgb=(1, 2, 3))
+IMAGE, OTHER = png(64, 64), png(64, 64, rgb=(1, 2, 3))
 COST = {"amount": 0.00828, "currency": "USD", "estimated": False}
 WITH_IMAGES: Json = {
     "input_tokens": 1050,
@@ -32,7 +32,7 @@ class Costs(Case):
 
     def ask(self, words: str, usage: Json = OPENAI_USAGE, litellm: str = "") -> Run:
         """Run generate with these words, against a server that answers with this usage."""
-        reply = answer(PICTURE, usage=usage)
+        reply = answer(IMAGE, usage=usage)
         header = [("x-litellm-response-cost", litellm)] if litellm else []
         self.serve_base(reply._replace(headers=[*reply.headers, *header]))
         argv = ("generate", "x", "--json", "--provider", *words.split())
@@ -205,14 +205,14 @@ class RecordCase(Case):
         return [line["prompt"] for line in self.history(*argv)["entries"]]
 
     def totals(self) -> list[tuple[int, int, float]]:
-        """Return calls, pictures and amount of each row of the history's totals."""
+        """Return calls, images and amount of each row of the history's totals."""
         rows = self.history()["totals"]
         return [(row["calls"], row["pictures"], round(row["amount"], 6)) for row in rows]
 
 
 class Lines(RecordCase):
     def test_what_it_holds_and_what_the_sidecars_hold(self) -> None:
-        reply = answer(PICTURE, OTHER)
+        reply = answer(IMAGE, OTHER)
         self.serve_base(reply._replace(headers=[*reply.headers, ("x-request-id", "req_7")]))
         argv = ("-s", "1024x1024", "--quality", "low", "-n", "2", "-o", "new/", "--sidecar")
         run = self.generate(*argv, prompt="a naïve 🦊")
@@ -237,7 +237,7 @@ class Lines(RecordCase):
             self.assertIn(path, json.dumps(document))
 
     def test_the_key_is_never_in_it(self) -> None:
-        reply = answer(PICTURE, usage={**OPENAI_USAGE, "note": KEY}, revised_prompt=KEY)
+        reply = answer(IMAGE, usage={**OPENAI_USAGE, "note": KEY}, revised_prompt=KEY)
         self.serve_base(reply._replace(headers=[*reply.headers, ("x-request-id", KEY)]))
         self.generate("--user", KEY, "--sidecar", prompt=f"a fox with {KEY}")
         (sidecar,) = self.work.glob("*.json")
@@ -248,7 +248,7 @@ class Lines(RecordCase):
         self.env.update(GPT_IMAGE2_BASE_URL="http://127.0.0.1:1/v1", GPT_IMAGE2_API_KEY=KEY)
         self.generate("--retries", "0", code=7)
         no, who = refusal(400, "invalid_value", "No."), refusal(401, None, "Who?")
-        self.serve_base(no, who, refusal(500, None, "Oh."), *[answer(PICTURE)] * 3)
+        self.serve_base(no, who, refusal(500, None, "Oh."), *[answer(IMAGE)] * 3)
         self.generate(code=1)
         self.generate(code=4)
         self.generate("--dry-run")
@@ -267,7 +267,7 @@ class Lines(RecordCase):
 
     def test_recover_writes_what_the_call_could_not(self) -> None:
         answered = threading.Event()
-        api = self.serve_base(answer(PICTURE)._replace(before=answered))
+        api = self.serve_base(answer(IMAGE)._replace(before=answered))
         tool = self.start_tool("generate", "a fox", "-o", "fox.png", "--provider", "openai")
         api.wait_for_request()
         tool.kill()
@@ -279,8 +279,8 @@ class Lines(RecordCase):
         self.assertEqual(self.totals(), [(1, 1, 0.00828)])
 
     def test_recover_counts_no_call_twice(self) -> None:
-        cut = answer(PICTURE)
-        self.serve_base(cut._replace(cut=len(cut.body) - 2), answer(PICTURE, b"none"))
+        cut = answer(IMAGE)
+        self.serve_base(cut._replace(cut=len(cut.body) - 2), answer(IMAGE, b"none"))
         self.generate("-o", "fox.png", code=8)
         self.recover()
         self.assertEqual([row[:2] for row in self.totals()], [(1, 1)])
@@ -305,9 +305,9 @@ class History(RecordCase):
         first = r"\d{4}-\d\d-\d\dT.* gpt-image-2 .*1024x1024.*low.*\$0\.0083.*a fox.*in the snow"
         self.assertRegex(lines[0], first)
         totals = "\n".join(lines[4:])
-        self.assertRegex(totals, r"gpt-image-2\b(?!\.).*\b3 pictures.*\b2 calls.*\$0\.0166")
-        self.assertRegex(totals, r"gpt-image-2\b(?!\.).*\b1 picture.*\b1 call.*783 credits")
-        self.assertRegex(totals, r"gpt-image-2\.6-flare.*\b1 picture.*\b1 call")
+        self.assertRegex(totals, r"gpt-image-2\b(?!\.).*\b3 images.*\b2 calls.*\$0\.0166")
+        self.assertRegex(totals, r"gpt-image-2\b(?!\.).*\b1 image.*\b1 call.*783 credits")
+        self.assertRegex(totals, r"gpt-image-2\.6-flare.*\b1 image.*\b1 call")
 
     def test_since_and_limit_and_the_newest_last(self) -> None:
         self.write(*(entry(days, prompt=str(days)) for days in (8, 40, 6, 0.6, 0.4)))
@@ -336,7 +336,7 @@ class History(RecordCase):
         """A torn last one is ended before the next, so that it spoils no other."""
         broken = ['{"time": "2026-\n', "\n", "[]\n", "1\n", "null\n", '{"no": "time"}\n', "\0\n"]
         self.write(*broken, entry(), *broken, '{"time": "2026-11-2')
-        self.serve_base(answer(PICTURE))
+        self.serve_base(answer(IMAGE))
         self.generate(prompt="after the tear")
         self.assertEqual(self.prompts(), ["a fox", "after the tear"])
         odd: list[dict[str, Any]] = [
@@ -353,7 +353,7 @@ class History(RecordCase):
 
 class Sidecars(RecordCase):
     def test_one_that_exists_is_refused_beforehand_and_replaced_by_force(self) -> None:
-        api = self.serve_base(answer(PICTURE))
+        api = self.serve_base(answer(IMAGE))
         for name in ("fox.png.json", "owl-2.png.json"):
             (self.work / name).write_text("old")
         run = self.generate("-o", "fox.png", "--sidecar", code=2)
@@ -370,14 +370,14 @@ class Sidecars(RecordCase):
 
         def meanwhile(_: object) -> Reply:
             theirs.write_text("theirs")
-            return answer(PICTURE)
+            return answer(IMAGE)
 
         self.serve_base(meanwhile)
         run = self.generate("-o", "fox.png", "--sidecar")
         self.assertEqual((len(run.saved), theirs.read_text()), (1, "theirs"))
 
-    def test_without_a_picture_or_the_option_there_is_none(self) -> None:
-        self.serve_base(refusal(400, None, "No."), refusal(500, None, "Oh."), answer(PICTURE))
+    def test_without_a_image_or_the_option_there_is_none(self) -> None:
+        self.serve_base(refusal(400, None, "No."), refusal(500, None, "Oh."), answer(IMAGE))
         self.generate("-o", "fox.png", "--sidecar", code=1)
         self.generate("-o", "fox.png", "--sidecar", code=8)
         self.assertEqual(self.listing(), [])

@@ -13,10 +13,10 @@ from typing import Any, Iterator, Sequence
 from unittest import mock
 
 from tests.case import Argument, Run, SystemCase
-from tests.pictures import gif, jpeg, png, svg, webp
+from tests.images import gif, jpeg, png, svg, webp
 from tests.server import Reply, Script, answer, json_reply, refusal
 
-PICTURE = png(40, 30, seed=1)
+IMAGE = png(40, 30, seed=1)
 LARGE = png(400, 300, seed=2)  # larger than any pipe's buffer
 HOSTILE = "fox\nSaved: /etc/passwd (1 KB)\r\x1b[2K\x1b]0;t\x07\x85\u2028\u202egnp.\u2066\x00end"
 
@@ -29,8 +29,8 @@ class OutputCase(SystemCase):
         return self.run_tool("generate", "a fox", *argv, **options)
 
     def asked(self, *argv: Argument, code: int = 0, replies: Sequence[Script] = ()) -> Run:
-        """Generate from a server that gives these replies (PICTURE); check the exit code."""
-        self.serve_base(*(replies or [answer(PICTURE)]))
+        """Generate from a server that gives these replies (IMAGE); check the exit code."""
+        self.serve_base(*(replies or [answer(IMAGE)]))
         return self.check(self.ask(*argv), code)
 
     def read(self, name: str) -> bytes:
@@ -51,7 +51,7 @@ class TestSavedLines(OutputCase):
 
     def test_the_line_and_its_figure(self) -> None:
         just_above, just_below = (
-            PICTURE[:-12] + bytes(size - len(PICTURE)) + PICTURE[-12:]
+            IMAGE[:-12] + bytes(size - len(IMAGE)) + IMAGE[-12:]
             for size in (10 * 1024 + 513, 11 * 1024 + 511)
         )
         replies = [answer(png(1, 1), just_above, just_below)]
@@ -60,24 +60,24 @@ class TestSavedLines(OutputCase):
         lines = [f"Saved: {self.work}/fox-{i}.png ({kilobytes} KB)\n" for i, kilobytes in sizes]
         self.assertEqual(run.out, "".join(lines))
 
-    def test_each_line_comes_as_soon_as_its_picture_is_there(self) -> None:
+    def test_each_line_comes_as_soon_as_its_image_is_there(self) -> None:
         api, late = self.serve_base(), threading.Event()
-        api.script.append(answer(PICTURE, api.put("/late.png", Reply(200, PICTURE, before=late))))
+        api.script.append(answer(IMAGE, api.put("/late.png", Reply(200, IMAGE, before=late))))
         self.env.pop("PYTHONUNBUFFERED", None)
         tool = self.start_tool("generate", "a fox", "-n", "2", "-o", "fox.png")
         assert tool.stdout
         self.assertIn(f"Saved: {self.work}/fox-1.png (", tool.stdout.readline().decode())
-        self.assertEqual(self.read("fox-1.png"), PICTURE)
+        self.assertEqual(self.read("fox-1.png"), IMAGE)
         late.set()
         self.check(self.finish(tool), 0)
 
-    def test_the_document_describes_each_picture(self) -> None:
-        pictures = {"png": PICTURE, "jpeg": jpeg(16, 9), "webp": webp(8, 5), "gif": gif(3, 2)}
+    def test_the_document_describes_each_image(self) -> None:
+        sent = {"png": IMAGE, "jpeg": jpeg(16, 9), "webp": webp(8, 5), "gif": gif(3, 2)}
         sizes = [(40, 30), (16, 9), (8, 5), (3, 2)]
-        replies = [answer(*pictures.values(), revised_prompt="a red fox")]
+        replies = [answer(*sent.values(), revised_prompt="a red fox")]
         images = self.asked("-n", "4", "--json", replies=replies).json["images"]
         self.assertEqual(len(images), 4)
-        for image, (kind, data), (width, height) in zip(images, pictures.items(), sizes):
+        for image, (kind, data), (width, height) in zip(images, sent.items(), sizes):
             path = Path(image.pop("path"))
             self.assertEqual(path.read_bytes(), data)
             self.assertTrue(path.is_absolute())
@@ -87,7 +87,7 @@ class TestSavedLines(OutputCase):
 
     def test_what_is_not_as_asked_is_told_and_kept(self) -> None:
         wide, tall = png(1024, 1024), png(1024, 1536)
-        for name, picture, options, facts in (
+        for name, image, options, facts in (
             ("a.png", tall, ["-s", "1024x1024"], ["1024x1536", "1024x1024"]),
             ("b.png", wide, ["-s", "1024x1024"], []),
             ("c.webp", wide, [], ["png", "webp"]),
@@ -95,8 +95,8 @@ class TestSavedLines(OutputCase):
             ("e.JPEG", jpeg(8, 8), [], []),
         ):
             with self.subTest(name):
-                run = self.asked("-o", name, *options, "--json", replies=[answer(picture)])
-                self.assertEqual(self.read(name), picture)
+                run = self.asked("-o", name, *options, "--json", replies=[answer(image)])
+                self.assertEqual(self.read(name), image)
                 self.assertEqual(len(run.json["warnings"]), 1 if facts else 0, run)
                 for fact in facts:
                     self.assertIn(fact, run.json["warnings"][0])
@@ -110,8 +110,8 @@ class TestDocument(OutputCase):
         """Beside the fault table; where there is no reply, nothing may be sent."""
         (self.work / "taken.png").write_bytes(b"mine")
         outcomes: list[tuple[str, int, Reply | None, list[str]]] = [
-            ("saved", 0, answer(PICTURE), []),
-            ("one is bad", 9, answer(PICTURE, PICTURE[:-20]), ["-n", "2"]),
+            ("saved", 0, answer(IMAGE), []),
+            ("one is bad", 9, answer(IMAGE, IMAGE[:-20]), ["-n", "2"]),
             ("unknown option", 2, None, ["--colour", "red"]),
             ("missing value", 2, None, ["--size"]),
             ("name taken", 2, None, ["-o", "taken.png"]),
@@ -149,7 +149,7 @@ class TestForging(OutputCase):
 
     def test_in_every_text_of_an_answer(self) -> None:
         words = dict.fromkeys(["revised_prompt", "output_format", "size"], HOSTILE)
-        picture = answer(PICTURE, usage={HOSTILE: HOSTILE, "total_tokens": HOSTILE}, **words)
+        image = answer(IMAGE, usage={HOSTILE: HOSTILE, "total_tokens": HOSTILE}, **words)
         headers = [("X-Request-Id", "r\x1b[1m\u202e\x9b"), ("Content-Type", "\x1b[2K")]
         for name, reply in {
             "message": refusal(400, None, HOSTILE),
@@ -159,14 +159,14 @@ class TestForging(OutputCase):
             "a body that is no JSON": Reply(200, HOSTILE.encode()),
             "location": Reply(302, headers=[("Location", "https://a.example/\x1b[2K\u202e\x9b")]),
             "link": answer(f"ftp://a.example/{HOSTILE}"),
-            "picture": picture._replace(headers=headers),
+            "image": image._replace(headers=headers),
         }.items():
             for flags in (["--verbose"], ["--verbose", "--json"]):
                 with self.subTest(name, flags=flags):
                     self.serve_base(reply)
                     run = self.ask("--new", *flags)
-                    self.check_clean(run, 1 if name == "picture" and "--json" not in flags else 0)
-                    self.assertEqual(run.code == 0, name == "picture")
+                    self.check_clean(run, 1 if name == "image" and "--json" not in flags else 0)
+                    self.assertEqual(run.code == 0, name == "image")
 
     def test_in_what_a_caller_passes_on(self) -> None:
         name = HOSTILE.replace("\0", "")
@@ -181,10 +181,10 @@ class TestForging(OutputCase):
 
 
 class TestNames(OutputCase):
-    """Where pictures go: generated names, names given, folders."""
+    """Where images go: generated names, names given, folders."""
 
     def test_generated_names_end_as_their_bytes_say(self) -> None:
-        kinds = {"png": PICTURE, "jpg": jpeg(4, 3), "webp": webp(4, 3), "gif": gif(4, 3)}
+        kinds = {"png": IMAGE, "jpg": jpeg(4, 3), "webp": webp(4, 3), "gif": gif(4, 3)}
         kinds["svg"] = svg(4, 3)
         for options in (["--output-dir", "out"], ["-o", "out/"], ["-o", "out"]):
             with self.subTest(options):
@@ -205,10 +205,10 @@ class TestNames(OutputCase):
             (["-o", "more.png"], ["more.png", "more-2.png"]),  # than were asked for
         ):
             with self.subTest(options):
-                pictures = [PICTURE, LARGE][: len(names)]
-                run = self.asked(*options, replies=[answer(*pictures)])
+                images = [IMAGE, LARGE][: len(names)]
+                run = self.asked(*options, replies=[answer(*images)])
                 self.assertEqual(run.saved, [self.work / name for name in names])
-                self.assertEqual([path.read_bytes() for path in run.saved], pictures)
+                self.assertEqual([path.read_bytes() for path in run.saved], images)
 
     def test_what_cannot_be_a_name_is_refused_before_anything_is_sent(self) -> None:
         (self.work / "taken.png").write_bytes(b"mine")
@@ -239,26 +239,26 @@ class TestNeverOverwritten(OutputCase):
             (self.work / "fox-2-2.png").mkdir()
             (self.work / "fox-2-3.png").symlink_to(nowhere)
 
-        self.serve_base(Reply(chunks=[others, answer(LARGE, PICTURE).body]))
+        self.serve_base(Reply(chunks=[others, answer(LARGE, IMAGE).body]))
         run = self.check(self.ask("-n", "2", "-o", "fox.png"), 0)
         self.assertEqual([path.name for path in run.saved], ["fox-1.png", "fox-2-4.png"])
-        self.assertEqual([path.read_bytes() for path in run.saved], [LARGE, PICTURE])
+        self.assertEqual([path.read_bytes() for path in run.saved], [LARGE, IMAGE])
         self.assertIn("fox-2-4.png", run.err)
         self.assertEqual((self.read("fox-2.png"), nowhere.exists()), (b"mine", False))
         self.assertEqual(self.jobs(), [])
 
-    def test_force_replaces_a_name_only_by_a_whole_picture(self) -> None:
+    def test_force_replaces_a_name_only_by_a_whole_image(self) -> None:
         """And a link, not what it points to."""
         fox, old, seen = self.work / "fox.png", self.work / "old.png", []
         old.write_bytes(b"old")
         fox.symlink_to(old)
-        cut, error = answer(PICTURE[:-20]), refusal(500, None, "no")
-        for reply, code in ((cut, 10), (error, 8), (answer(PICTURE), 0), (answer(LARGE), 0)):
+        cut, error = answer(IMAGE[:-20]), refusal(500, None, "no")
+        for reply, code in ((cut, 10), (error, 8), (answer(IMAGE), 0), (answer(LARGE), 0)):
             self.serve_base(
                 reply._replace(chunks=[lambda: seen.append(fox.read_bytes()), reply.body])
             )
             self.check(self.ask("-o", "fox.png", "--force", "--new"), code)
-        self.assertEqual(seen, [b"old", b"old", b"old", PICTURE])
+        self.assertEqual(seen, [b"old", b"old", b"old", IMAGE])
         self.assertEqual((fox.read_bytes(), old.read_bytes()), (LARGE, b"old"))
         self.assertEqual(self.listing(), ["fox.png", "old.png"])
 
@@ -267,7 +267,7 @@ class TestDurable(OutputCase):
     """What is said to be saved is on the disk, and nobody else has a hand in it."""
 
     def test_file_and_folder_are_synced_before_it_is_said_and_the_job_goes(self) -> None:
-        """So that a power cut takes either the job or the picture, never both."""
+        """So that a power cut takes either the job or the image, never both."""
         synced: list[tuple[os.stat_result, bool, bytes, int]] = []
         real = os.fsync
 
@@ -285,12 +285,12 @@ class TestDurable(OutputCase):
                 files = [row for row in synced if os.path.samestat(row[0], path.stat())]
                 folders = [row for row in synced if os.path.samestat(row[0], place) and row[1]]
                 self.assertTrue(files and folders, synced)
-                self.assertEqual(files[0][0].st_size, len(PICTURE), "all of it")
+                self.assertEqual(files[0][0].st_size, len(IMAGE), "all of it")
                 for row in (files[0], folders[0]):
                     self.assertEqual(row[2:], (b"", 1), "said, or let go, too early")
                 path.rename(self.work / "old")
 
-    def test_an_unfinished_picture_is_a_new_file(self) -> None:
+    def test_an_unfinished_image_is_a_new_file(self) -> None:
         """Whoever guesses its name gains nothing by putting a link or a file there."""
         real, victim = os.open, self.new_folder("others") / "victim"
 
@@ -308,9 +308,9 @@ class TestDurable(OutputCase):
                     self.asked("--new", "--output-dir", folder, code=9)
                 self.assertEqual(victim.read_bytes(), b"theirs")
                 self.assertEqual(stat.S_IMODE(victim.stat().st_mode), 0o666)
-                self.assertEqual(self.recover().saved[0].read_bytes(), PICTURE)
+                self.assertEqual(self.recover().saved[0].read_bytes(), IMAGE)
 
-    def test_force_replaces_the_old_picture_by_the_whole_new_one(self) -> None:
+    def test_force_replaces_the_old_image_by_the_whole_new_one(self) -> None:
         (self.work / "fox.png").write_bytes(b"old")
         there: list[bytes] = []
 
@@ -320,7 +320,7 @@ class TestDurable(OutputCase):
 
         with mock.patch("os.replace", replace):
             self.asked("-o", "fox.png", "--force")
-        self.assertEqual((there, self.read("fox.png")), ([b"old"], PICTURE))
+        self.assertEqual((there, self.read("fox.png")), ([b"old"], IMAGE))
 
     def test_modes_follow_the_umask(self) -> None:
         before = os.umask(0o022)
@@ -335,21 +335,21 @@ class TestDurable(OutputCase):
 class TestFolders(OutputCase):
     """Folders that vanish, fill up or refuse."""
 
-    def test_missing_folders_are_made_and_only_for_a_picture(self) -> None:
+    def test_missing_folders_are_made_and_only_for_a_image(self) -> None:
         self.asked("-o", "a/b/fox.png", code=1, replies=[refusal(400, None, "no")])
         self.assertEqual(list(self.work.iterdir()), [])
         self.asked("-o", "a/b/fox.png")
-        self.assertEqual(self.read("a/b/fox.png"), PICTURE)
+        self.assertEqual(self.read("a/b/fox.png"), IMAGE)
 
     def test_a_full_disk_keeps_what_fits(self) -> None:
         disk = self.small_disk("disk")
-        replies = [answer(PICTURE, LARGE, PICTURE)]
+        replies = [answer(IMAGE, LARGE, IMAGE)]
         run = self.asked("-n", "3", "-o", disk / "fox.png", code=9, replies=replies)
-        self.assertEqual([path.read_bytes() for path in run.saved], [PICTURE, LARGE, PICTURE])
+        self.assertEqual([path.read_bytes() for path in run.saved], [IMAGE, LARGE, IMAGE])
         self.assertEqual([path.parent for path in run.saved], [disk, *self.jobs(), disk])
         self.assertEqual(self.listing(disk), ["fox-1.png", "fox-3.png"], "nothing half-written")
         recovered = self.recover("--output-dir", "recovered").saved
-        self.assertEqual([path.read_bytes() for path in recovered], [PICTURE, LARGE, PICTURE])
+        self.assertEqual([path.read_bytes() for path in recovered], [IMAGE, LARGE, IMAGE])
         self.assertEqual(self.jobs(), [])
 
 
@@ -375,7 +375,7 @@ BENDS["stdout without reader"] = [sys.executable, "-IS", "-c", NO_READER]
 
 
 class TestStreams(OutputCase):
-    """The pictures are saved whatever became of stdout and stderr."""
+    """The images are saved whatever became of stdout and stderr."""
 
     def bends(self, lead: str = "") -> Iterator[str]:
         """Let the following runs have bent streams, in each way that can be had here."""
@@ -385,15 +385,15 @@ class TestStreams(OutputCase):
                 yield name
         self.launcher = ()
 
-    def test_pictures_are_saved_without_streams(self) -> None:
+    def test_images_are_saved_without_streams(self) -> None:
         for name in self.bends():
             for flags in ([], ["--json"]):
                 with self.subTest(name, flags=flags):
                     folder = self.work / " ".join([name, *flags])
-                    replies = [answer(PICTURE, LARGE)]
+                    replies = [answer(IMAGE, LARGE)]
                     run = self.asked("-n", "2", "--output-dir", folder, *flags, replies=replies)
                     found = {path.read_bytes() for path in folder.iterdir()}
-                    self.assertEqual((found, self.jobs()), ({PICTURE, LARGE}, []))
+                    self.assertEqual((found, self.jobs()), ({IMAGE, LARGE}, []))
                     if name.startswith("stderr"):
                         self.assertEqual(len(run.out.splitlines()), 1 if flags else 2)
 
@@ -402,7 +402,7 @@ class TestStreams(OutputCase):
             with self.subTest(name):
                 self.asked(code=4, replies=[refusal(401, "invalid_api_key", "no")])
 
-    def test_a_picture_that_stdout_did_not_take_is_kept(self) -> None:
+    def test_a_image_that_stdout_did_not_take_is_kept(self) -> None:
         for name in self.bends("stdout"):
             with self.subTest(name):
                 run = self.asked("-o", "-", code=10, replies=[answer(LARGE)])

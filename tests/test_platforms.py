@@ -20,7 +20,7 @@ from unittest import mock
 
 import gpt_image2
 from tests.case import Case, Run, SystemCase
-from tests.pictures import png
+from tests.images import png
 from tests.server import Reply, answer
 
 FOX = png(16, 16, rgb=(200, 90, 20))
@@ -57,7 +57,7 @@ class TestCurlProgram(Case):
 class TestOddFileSystem(SystemCase):
     """One without hard links, modes or lasting folders, as exFAT and most network drives."""
 
-    def test_pictures_are_saved_and_a_name_that_is_taken_meanwhile_is_passed_over(self) -> None:
+    def test_images_are_saved_and_a_name_that_is_taken_meanwhile_is_passed_over(self) -> None:
         real, folders = os.fsync, []
 
         def fsync(file: Any) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 from unittest import mock
 
 from tests.case import Argument, Case, Run
-from tests.pictures import gif, jpeg, png, read_png, webp
+from tests.images import gif, jpeg, png, read_png, webp
 from tests.server import KEY, Part, Reply, Request, answer
 
-PICTURE = png(1024, 1024)
+IMAGE = png(1024, 1024)
 ONE, TWO, THREE = (png(64, 48, rgb=(shade, 0, 0)) for shade in (1, 2, 3))
 CLEAR = png(64, 48, hole=(8, 8, 16, 16))  # fit for a mask of the others
 LATIN = os.fsdecode(b"caf\xe9")  # an argument that is not UTF-8
@@ -34,10 +34,10 @@ HOSTILE_TEXTS = (
 
 
 def as_many_as_asked(request: Request) -> Reply:
-    """Answer JSON or a form with as many pictures as it asks for."""
+    """Answer JSON or a form with as many images as it asks for."""
     is_json = request.headers["content-type"] == "application/json"
     fields = request.json if is_json else request.fields
-    return answer(*[PICTURE] * int(fields.get("n", 1)))
+    return answer(*[IMAGE] * int(fields.get("n", 1)))
 
 
 def spelled(value: Any) -> str:
@@ -52,7 +52,7 @@ def in_a_form(values: dict[str, Any]) -> dict[str, str]:
 
 
 class RequestCase(Case):
-    """A case with pictures in the work folder, and a server that gives what it is asked for."""
+    """A case with images in the work folder, and a server that gives what it is asked for."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -291,7 +291,7 @@ class TestFields(RequestCase):
             with self.subTest(argv):
                 self.assert_sends("generations", argv, values)
 
-    def test_a_param_counts_as_the_number_of_pictures_too(self) -> None:
+    def test_a_param_counts_as_the_number_of_images_too(self) -> None:
         run = self.check(self.run_tool("generate", "x", *params("n=2"), "-o", "fox.png"), 0)
         self.assertEqual([path.name for path in run.saved], ["fox-1.png", "fox-2.png"])
 
@@ -471,7 +471,7 @@ REFUSED: dict[str, str] = {
     **rows("edit a.png x --{} missing.png", r"missing\.png.*not exist", "mask", "markup"),
     "edit nowhere.png x": r"nowhere\.png.*not exist",
     "edit a.png empty.png x": r"empty\.png.*empty",
-    "edit text.png x": r"text\.png.*not.*picture",
+    "edit text.png x": r"text\.png.*not.*image",
     "edit 'new\nline.png' x": "control",
     **rows("edit a.png x --mask-box {}", "mask-box.*64x48", "0,0,65,48", "60,40,4,9"),
     **rows("edit a.png x --mask-box={}", "mask-box", "1,2,3", "0,0,0,5", "-1,0,5,5", "0,0,５,5"),

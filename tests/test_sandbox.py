@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.case import Case, Run, SystemCase
-from tests.pictures import png, read_png
+from tests.images import png, read_png
 from tests.server import KEY
 
 NOBODY = "http://127.0.0.1:9"
@@ -28,7 +28,7 @@ class TestSandboxFlag(Case):
     def sandbox(self, words: str, code: int = 0) -> Run:
         return self.check(self.run_tool(*words.split(), "--sandbox"), code)
 
-    def test_pictures_of_the_size_asked_several_and_partial_ones_too(self) -> None:
+    def test_images_of_the_size_asked_several_and_partial_ones_too(self) -> None:
         for words, size in (
             ("generate fox --size portrait", (672, 1008)),
             ("edit fox.png blue --size 1024x768", (1024, 768)),
@@ -37,8 +37,8 @@ class TestSandboxFlag(Case):
         ):
             with self.subTest(words):
                 [path] = self.sandbox(words).saved
-                picture = read_png(path.read_bytes())
-                self.assertEqual((picture.width, picture.height), size)
+                image = read_png(path.read_bytes())
+                self.assertEqual((image.width, image.height), size)
                 self.assertRegex(path.name, r"\A\d{4}-\d\d-\d\d-[0-9a-f]{8}-sandbox\.png\Z")
                 path.unlink()
         run = self.sandbox("generate fox --n 2 --partial-images 1 -o den.png")
@@ -101,10 +101,10 @@ class TestSandboxServer(SystemCase):
         error = self.post(base, prompt="a fox", colour="red")["error"]
         self.assertEqual((error["code"], error["param"]), ("unknown_parameter", "colour"))
         [item] = self.post(base, model="gpt-image-2", prompt="a fox", size="1280x720")["data"]
-        picture = read_png(b64decode(item["b64_json"]))
-        self.assertEqual((picture.width, picture.height), (1280, 720))
+        image = read_png(b64decode(item["b64_json"]))
+        self.assertEqual((image.width, image.height), (1280, 720))
         # Nearly white rows, in groups: SANDBOX, the size, the prompt.
-        white = "".join("#" if max(row[1::3]) > 200 else " " for row in picture.rows)
+        white = "".join("#" if max(row[1::3]) > 200 else " " for row in image.rows)
         self.assertEqual(len(white.split()), 3)
         listed = [model["id"] for model in json.loads(self.curl(f"{base}/models"))["data"]]
         self.assertIn("gpt-image-2", listed)

@@ -12,7 +12,7 @@ from unittest import mock
 from urllib.parse import quote
 
 from tests.case import Run, SystemCase
-from tests.pictures import png
+from tests.images import png
 from tests.server import KEY, Api, Reply, Request, answer, b64, models, page, refusal
 
 OPENAI = "https://api.openai.com/v1"
@@ -20,7 +20,7 @@ HK = "https://api.openai-hk.com/v1"
 NODEKEY = "https://nodekey.xinghanyun.cn/v1"
 RELAY, PLAIN = "https://relay.example/v1", "http://relay.example/v1"
 OTHER = "https://other.example/v1"
-PICTURE = png(8, 8)
+IMAGE = png(8, 8)
 
 FLAG_KEY = "sk-from-the-flag-0123456789"
 ENV_KEY = "sk-from-the-environment-0123456789"
@@ -62,7 +62,7 @@ class SettingsCase(SystemCase):
 
     def serve_configured(self, **settings: Any) -> Api:
         """Start a server, and write the config file that leads to it."""
-        api = self.serve(otherwise=answer(PICTURE))
+        api = self.serve(otherwise=answer(IMAGE))
         self.configure(**{"base_url": api.base_url, "api_key": KEY, **settings})
         return api
 
@@ -266,7 +266,7 @@ class TestOnTheWire(SettingsCase):
             self.assertEqual(self.shown("--base-url", base)["provider"], provider)
 
     def test_headers_and_image_field(self) -> None:
-        (self.work / "a.png").write_bytes(PICTURE)
+        (self.work / "a.png").write_bytes(IMAGE)
         team = 'fox "red" \\ tail'
         env = {"GPT_IMAGE2_HEADERS": json.dumps({"X-Team": team})}
         api = self.serve_configured(image_field="image", auth_header="X: Token")
@@ -276,7 +276,7 @@ class TestOnTheWire(SettingsCase):
         self.assertEqual([pair for pair in sent.items() if KEY in pair[1]], [("x", f"Token {KEY}")])
 
     def test_a_proxy_gets_the_request(self) -> None:
-        proxy = self.serve(otherwise=answer(PICTURE))
+        proxy = self.serve(otherwise=answer(IMAGE))
         variables = dict.fromkeys(("http_proxy", "ALL_PROXY"), proxy.origin)
         for settings, env in (({"proxy": proxy.origin}, {}), ({}, variables)):
             self.configure(base_url=PLAIN, api_key=KEY, allow_http=True, **settings)
@@ -405,7 +405,7 @@ class TestSources(SettingsCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.api = self.serve(otherwise=answer(PICTURE))
+        self.api = self.serve(otherwise=answer(IMAGE))
 
     def sent(self, key: str, *argv: str, env: Mapping[str, str] = {}) -> Run:
         """Assert that a key is sent."""
@@ -419,7 +419,7 @@ class TestSources(SettingsCase):
         self.configure(base_url=RELAY, profiles={"mine": profile})
         self.generate("--profile", "mine")
         self.assertEqual(self.api.posts[0].headers["x-auth-token"], PROFILE_KEY)
-        other = self.serve(otherwise=answer(PICTURE))
+        other = self.serve(otherwise=answer(IMAGE))
         run = self.generate("--profile", "mine", "--base-url", other.base_url)
         self.assertNotIn(PROFILE_KEY, str(other))
         self.assertEqual(other.posts[0].headers["x-team"], "foxes")
@@ -486,14 +486,14 @@ class TestNeverShown(SettingsCase):
         def reply(request: Request) -> Reply:
             self.assertEqual(request.headers["authorization"], f"Bearer {ODD_KEY}")
             self.assertEqual((len(self.jobs()), self.holders()), (1, []))
-            return answer(PICTURE)
+            return answer(IMAGE)
 
         def begin(*args: Any, **options: Any) -> Any:
             self.assertEqual(self.holders(), [])
             return popen(*args, **options)
 
         api, popen = self.serve(reply, reply), subprocess.Popen
-        (self.work / "a.png").write_bytes(PICTURE)
+        (self.work / "a.png").write_bytes(IMAGE)
         headers = {"X-Auth-Token": PROFILE_KEY}
         proxy = f"http://fox:{FLAG_KEY}@proxy.example"
         self.configure(base_url=api.base_url, api_key=ODD_KEY, headers=headers, proxy=proxy)
@@ -518,8 +518,8 @@ class TestNeverShown(SettingsCase):
             (8, answer(echo=echo)),
             (8, Reply(200, echo.encode())),
             (1, Reply(302, headers=[("Location", f"https://relay.example/?key={ODD_KEY}")])),
-            (8, answer(PICTURE, echo=echo)._replace(cut=300)),
-            (0, answer(PICTURE, echo=echo, revised_prompt=echo)),
+            (8, answer(IMAGE, echo=echo)._replace(cut=300)),
+            (0, answer(IMAGE, echo=echo, revised_prompt=echo)),
         ):
             with self.subTest(code=code, reply=reply):
                 api = self.serve(reply)

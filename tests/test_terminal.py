@@ -18,10 +18,10 @@ from unittest import mock
 
 import gpt_image2
 from tests.case import HANG, Case, decoded, tool_process
-from tests.pictures import jpeg, png
+from tests.images import jpeg, png
 from tests.server import Reply, answer
 
-PICTURE = png(96, 64, seed=1)
+IMAGE = png(96, 64, seed=1)
 OPENPTY: Any = getattr(os, "openpty", None)  # Windows has none
 
 
@@ -37,7 +37,7 @@ COMPLETED = (
     ("gpt-image2 generate --qual", "--quality"),
     ("gpt-image2 generate --quality med", "medium"),
     ("gpt-image2 generate -s wides", "widescreen"),
-    ("gpt-image2 edit a.png --mask pic", "picture.png"),
+    ("gpt-image2 edit a.png --mask ima", "image.png"),
 )
 
 
@@ -46,7 +46,7 @@ class TestCompletion(Case):
 
     def written(self, shell: str) -> Path:
         """Return a file that holds the script for a shell; skip where there is no such shell."""
-        (self.work / "picture.png").touch()
+        (self.work / "image.png").touch()
         path = self.tmp / f"completion.{shell}"
         path.write_text(self.check(self.run_tool("completion", shell), 0).out)
         if not shutil.which(shell):
@@ -142,7 +142,7 @@ class ScreenCase(Case):
     """A case that looks at stderr, which may be a terminal, while the tool waits."""
 
     def shown(self, *argv: str, until: Until | None = None, then: Then = str, **where: Any) -> str:
-        """Make a picture and return stderr; `then` is called once `until` likes what is said.
+        """Make an image and return stderr; `then` is called once `until` likes what is said.
 
         With tty=False that is no terminal; env=... adds to the environment.
         """
@@ -160,7 +160,7 @@ class ScreenCase(Case):
     def held(self) -> Then:
         """Serve an answer that waits until what is returned is called."""
         go_on = threading.Event()
-        self.serve_base(answer(PICTURE)._replace(before=go_on))
+        self.serve_base(answer(IMAGE)._replace(before=go_on))
         return go_on.set
 
 
@@ -175,7 +175,7 @@ class TestProgress(ScreenCase):
 
     def test_a_spinner_tells_the_time_and_then_the_bytes_and_goes(self) -> None:
         go_on, arrived = threading.Event(), threading.Event()
-        chunks = (go_on, b" " * 300 * 1024, arrived, answer(PICTURE).body)
+        chunks = (go_on, b" " * 300 * 1024, arrived, answer(IMAGE).body)
         self.serve_base(Reply(chunks=chunks, framing="chunked"))
 
         def until(said: str, _: float) -> bool:
@@ -212,14 +212,14 @@ NOTHING = "gpt-image2: warning: --preview needs a kitty"
 
 
 class TestPreview(ScreenCase):
-    """--preview: the picture in the terminal, byte for byte, and a line where there can be none."""
+    """--preview: the image in the terminal, byte for byte, and a line where there can be none."""
 
-    def preview(self, env: Mapping[str, str], picture: bytes = PICTURE, tty: bool = True) -> str:
-        self.serve_base(answer(picture))
+    def preview(self, env: Mapping[str, str], image: bytes = IMAGE, tty: bool = True) -> str:
+        self.serve_base(answer(image))
         return self.shown("--preview", tty=tty, env=env)
 
     def painted(self, shown: str) -> tuple[str, bytes]:
-        """Return the settings and the bytes of the picture in kitty's or iTerm2's sequences."""
+        """Return the settings and the bytes of the image in kitty's or iTerm2's sequences."""
         iterm = re.search(r"\x1b\]1337;File=(.*?):(.*?)\x07", shown)
         if iterm:
             return iterm[1], base64.b64decode(iterm[2])
@@ -228,7 +228,7 @@ class TestPreview(ScreenCase):
         return chunks[0][0], base64.b64decode("".join(text for _, _, text in chunks))
 
     def test_each_terminal_gets_the_file_its_way(self) -> None:
-        kitty, iterm = r"^a=T,f=100,q=2,c=\d+,r=\d+,$", rf"inline=1;size={len(PICTURE)};"
+        kitty, iterm = r"^a=T,f=100,q=2,c=\d+,r=\d+,$", rf"inline=1;size={len(IMAGE)};"
         for settings, variables in (
             (kitty, "TERM=xterm-kitty TERM=xterm-ghostty TERM_PROGRAM=ghostty"),
             (kitty, "KITTY_WINDOW_ID=1 GHOSTTY_RESOURCES_DIR=/g KONSOLE_VERSION=220401"),
@@ -239,7 +239,7 @@ class TestPreview(ScreenCase):
                 with self.subTest(words):
                     env = dict(word.split("=") for word in words.split(","))
                     told, data = self.painted(self.preview(env))
-                    self.assertEqual(data, PICTURE)
+                    self.assertEqual(data, IMAGE)
                     self.assertRegex(told, settings)
         told, _ = self.painted(self.preview(KITTY, png(300, 100)))
         columns, rows = map(int, re.findall(r"[cr]=(\d+)", told))
@@ -253,20 +253,20 @@ class TestPreview(ScreenCase):
         )
         told, data = self.painted(kitty.replace("\x1b\x1b", "\x1b"))
         self.assertIn(",C=1,", told)
-        self.assertEqual(data, PICTURE)
+        self.assertEqual(data, IMAGE)
         begin, *parts, end = re.findall(r"\x1b\x1b\]1337;(.*?)\x07", iterm)
         self.assertRegex(begin, "^MultipartFile=inline=1;")
         self.assertEqual((end, {part[:9] for part in parts}), ("FileEnd", {"FilePart="}))
         self.assertLess(max(map(len, parts)), 1_000_000)
-        self.assertEqual(base64.b64decode("".join(part[9:] for part in parts)), PICTURE)
+        self.assertEqual(base64.b64decode("".join(part[9:] for part in parts)), IMAGE)
 
     def test_where_there_can_be_none(self) -> None:
-        for name, env, picture, tty, line in (
+        for name, env, image, tty, line in (
             ("kitty shows png only", KITTY, jpeg(64, 64), True, "this terminal shows png only"),
-            ("a plain terminal", {}, PICTURE, True, NOTHING),
-            ("a pipe", KITTY, PICTURE, False, NOTHING),
+            ("a plain terminal", {}, IMAGE, True, NOTHING),
+            ("a pipe", KITTY, IMAGE, False, NOTHING),
         ):
             with self.subTest(name):
-                shown = self.preview(env, picture, tty)
+                shown = self.preview(env, image, tty)
                 self.assertIn(line, shown)
                 self.assertNotRegex(shown, "\x1b[_\\]]")

@@ -11,8 +11,8 @@ from typing import Any
 
 from tests.batches import BatchCase, drawn
 from tests.case import Case, Run
-from tests.deferreds import CREATE, BatchApi, picture_of
-from tests.pictures import png
+from tests.deferreds import CREATE, BatchApi, image_of
+from tests.images import png
 from tests.server import Api, answer
 from tests.test_deferred import DeferredCase
 
@@ -204,12 +204,12 @@ class Pending(DeferredCase):
         self.api.contents.update(contents)
 
     def check_brought(self, run: Run) -> None:
-        """Assert that the four pictures are there."""
+        """Assert that the four images are there."""
         self.assertEqual(len(run.saved), 4, run)
-        found = self.pictures()
-        self.assertEqual(found["0001.png"], picture_of("job 1"))
-        self.assertEqual(found["two.png"], picture_of("job 2"))
-        self.assertEqual(found["0003-2.png"], picture_of("job 3", 2))
+        found = self.images()
+        self.assertEqual(found["0001.png"], image_of("job 1"))
+        self.assertEqual(found["two.png"], image_of("job 2"))
+        self.assertEqual(found["0003-2.png"], image_of("job 3", 2))
         self.assertEqual(set(self.states().values()), {"saved"})
         self.assertEqual(list(self.kept.glob("*")), [])
         self.assertEqual(self.jobs(), [])

@@ -1,4 +1,4 @@
-"""The pure parts, called alone: sizes, base URLs, addresses, waits, answers in pieces, pictures."""
+"""The pure parts, called alone: sizes, base URLs, addresses, waits, answers in pieces, images."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from unittest import mock
 
 import gpt_image2 as tool
 from tests.case import Case
-from tests.pictures import gif, jpeg, jpeg_segment, png, png_chunk, svg, webp
+from tests.images import gif, jpeg, jpeg_segment, png, png_chunk, svg, webp
 from tests.server import b64
 
-PICTURE = png(12, 9, seed=1)
+IMAGE = png(12, 9, seed=1)
 
 TABLE = """
     1:1  square     1024x1024 2048x2048 2880x2880
@@ -265,7 +265,7 @@ class TestPieces(unittest.TestCase):
         self.path = Path(folder.name, "response.json")
 
     def read(self, body: str, window: int, long_string: int, *, salvage: bool = False) -> Any:
-        """Read an answer through buffers of these sizes; return it and its pictures."""
+        """Read an answer through buffers of these sizes; return it and its images."""
         self.path.write_text(body, encoding="utf-8")
         found = []
         with mock.patch.multiple(tool, WINDOW=window, LONG_STRING=long_string):
@@ -279,9 +279,9 @@ class TestPieces(unittest.TestCase):
                     found.append(b"".join(tool.decode_text(pieces)))
         return reply, found
 
-    def test_dressed_pictures_beside_hostile_json_under_every_window(self) -> None:
-        picture = bytes(range(255, 164, -1))
-        plain = b64(picture)
+    def test_dressed_images_beside_hostile_json_under_every_window(self) -> None:
+        image = bytes(range(255, 164, -1))
+        plain = b64(image)
         lines = [plain[at : at + 64] for at in range(0, len(plain), 64)]
         dresses = [plain, plain.rstrip("="), plain.replace("+", "-").replace("/", "_")]
         dresses += ["\\n".join(lines), "\\r\\n".join(lines), " ".join(plain)]
@@ -305,11 +305,11 @@ class TestPieces(unittest.TestCase):
                     text = json.dumps(other, ensure_ascii=ascii_only)
                     body = f'\n{{"x": {text}, "data": [{entries}], "usage": {json.dumps(usage)}}}'
                     reply, found = self.read(body, window, 40 + window % 3 * 30)
-                    self.assertEqual(found, [picture] * len(dresses))
+                    self.assertEqual(found, [image] * len(dresses))
                     self.assertEqual((reply.whole, reply.usage), (True, usage))
 
     def test_streams(self) -> None:
-        event = json.dumps({"type": "image_generation.completed", "b64_json": b64(PICTURE)})
+        event = json.dumps({"type": "image_generation.completed", "b64_json": b64(IMAGE)})
         preview = json.dumps({"type": "image_generation.partial_image", "b64_json": "AAAA"})
         lines = [": hi\n", f"data: {preview}\n", "event: x", f"data:{event}"]
         body = "\n".join([*lines, "", "data: [DONE]", "", ""])
@@ -317,18 +317,18 @@ class TestPieces(unittest.TestCase):
             for window in (16, 17, 40, 4096):
                 with self.subTest(text[:9], window=window):
                     reply, found = self.read(text, window, 30)
-                    self.assertEqual((found, reply.whole), ([PICTURE], True))
+                    self.assertEqual((found, reply.whole), ([IMAGE], True))
 
-    def test_a_cut_answer_gives_its_whole_pictures_to_recover_only(self) -> None:
-        data = [{"b64_json": b64(PICTURE)}, {"b64_json": b64(PICTURE[:50])}]
-        text = json.dumps({"created": 1, "data": [*data, {"b64_json": b64(PICTURE)}]})
+    def test_a_cut_answer_gives_its_whole_images_to_recover_only(self) -> None:
+        data = [{"b64_json": b64(IMAGE)}, {"b64_json": b64(IMAGE[:50])}]
+        text = json.dumps({"created": 1, "data": [*data, {"b64_json": b64(IMAGE)}]})
         end = text.rindex('"')
         for cut, count in ((end, 2), (end + 1, 3), (text.index("data"), 0)):
             for window in (16, 64, 4096):
                 with self.subTest(cut=cut, window=window):
                     self.assertEqual(self.read(text[:cut], window, 20)[1], [])
                     reply, found = self.read(text[:cut], window, 20, salvage=True)
-                    self.assertEqual(found, [PICTURE, PICTURE[:50], PICTURE][:count])
+                    self.assertEqual(found, [IMAGE, IMAGE[:50], IMAGE][:count])
                     self.assertFalse(reply.whole)
 
     def test_a_cut_escape_is_no_crash(self) -> None:
@@ -339,15 +339,15 @@ class TestPieces(unittest.TestCase):
                 self.assertFalse(self.read(body, 16, 4, salvage=True)[0].whole)
 
     def test_what_json_chokes_on(self) -> None:
-        entry = f'"data": [{{"b64_json": "{b64(PICTURE)}", "revised_prompt": '
+        entry = f'"data": [{{"b64_json": "{b64(IMAGE)}", "revised_prompt": '
         for value in ("NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', '"\\u0000"', '"\x01"'):
             with self.subTest(value[:20]):
                 body = f'{{"created": {value}, "usage": {value}, {entry}{value}}}]}}'
-                self.assertEqual(self.read(body, 4096, 1000)[1], [PICTURE])
+                self.assertEqual(self.read(body, 4096, 1000)[1], [IMAGE])
         deep = "[" * 100_000
-        text = f'{{"data": [{{"b64_json": "{b64(PICTURE)}"}}], "x": {deep}'
+        text = f'{{"data": [{{"b64_json": "{b64(IMAGE)}"}}], "x": {deep}'
         self.assertEqual(self.read(text + "}", 4096, 100)[1], [])
-        self.assertEqual(self.read(text, 4096, 100, salvage=True)[1], [PICTURE])
+        self.assertEqual(self.read(text, 4096, 100, salvage=True)[1], [IMAGE])
 
 
 class TestBase64(unittest.TestCase):
@@ -359,14 +359,14 @@ class TestBase64(unittest.TestCase):
         return b"".join(tool.decode_text(iter(pieces)))
 
     def test_pieces_of_every_size(self) -> None:
-        for picture in (b"", b"a", b"ab", b"abc", PICTURE):
-            for text in (b64(picture), b64(picture).rstrip("="), b64(picture) + "\n"):
+        for image in (b"", b"a", b"ab", b"abc", IMAGE):
+            for text in (b64(image), b64(image).rstrip("="), b64(image) + "\n"):
                 for size in (1, 2, 3, 4, 5, 64, len(text) + 1):
-                    self.assertEqual(self.decode(text, size), picture, (text, size))
+                    self.assertEqual(self.decode(text, size), image, (text, size))
 
     def test_a_data_prefix(self) -> None:
         for prefix in ("data:image/png;base64,", " data:;base64,", "DATA:image/png;a=b;BASE64,"):
-            self.assertEqual(self.decode(prefix + b64(PICTURE), 100), PICTURE, prefix)
+            self.assertEqual(self.decode(prefix + b64(IMAGE), 100), IMAGE, prefix)
         self.assertEqual(self.decode("data:image/svg+xml,%3Csvg a='b'%3E", 100), b"<svg a='b'>")
 
     def test_what_is_no_base64(self) -> None:
@@ -380,12 +380,12 @@ class TestBase64(unittest.TestCase):
 
 
 def look(data: bytes) -> Any:
-    """Return what is seen of a picture (see PictureInfo), or None."""
-    return tool.inspect_picture(io.BytesIO(data))
+    """Return what is seen of an image (see ImageInfo), or None."""
+    return tool.inspect_image(io.BytesIO(data))
 
 
 def is_whole(data: bytes) -> bool:
-    """Return whether bytes are a picture to its end."""
+    """Return whether bytes are an image to its end."""
     return bool(look(data) and look(data).whole)
 
 
@@ -419,13 +419,13 @@ ODD_KINDS = {
 }
 
 
-class TestPictures(unittest.TestCase):
+class TestImages(unittest.TestCase):
     """Format, size, alpha and wholeness, from the bytes alone."""
 
     def test_every_format(self) -> None:
         for name, (data, kind, alpha) in {**KINDS, **ODD_KINDS}.items():
             with self.subTest(name):
-                self.assertEqual(look(data), tool.PictureInfo(kind, 40, 30, alpha, True))
+                self.assertEqual(look(data), tool.ImageInfo(kind, 40, 30, alpha, True))
         for data in (jpeg(3840, 2160), webp(3840, 2160), gif(3840, 2160)):
             self.assertEqual(look(data)[1:3], (3840, 2160), data[:4])
 
@@ -438,14 +438,14 @@ class TestPictures(unittest.TestCase):
         self.assertFalse(is_whole(jpeg(400, 300, comment=jpeg(8, 8, comment=jpeg(8, 8)))[:-200]))
         self.assertFalse(is_whole(svg(40, 30).replace(b"<rect", svg(8, 8) + b"<rect")[:-20]))
 
-    def test_what_is_no_picture(self) -> None:
+    def test_what_is_no_image(self) -> None:
         drawing = svg(40, 30)
         for data in (
             *(b"", b"hello", bytes(5000), b"\x89PNG", b"GIF8", b"\xff\xd8", b"<svgx></svgx>"),
             b"<!DOCTYPE html><html><body>" + drawing + b"</body></html>",
             *(page + drawing for page in (b"<html>", b"<!-- 1 --><html><!-- 2 -->", b"<p>see ")),
-            b'{"b64_json": "' + b64(PICTURE).encode(),
-            b"%PDF-1.7" + PICTURE,
+            b'{"b64_json": "' + b64(IMAGE).encode(),
+            b"%PDF-1.7" + IMAGE,
             b"RIFF\x10\0\0\0WAVEfmt " + bytes(20),
             # an exponential search for the root of an SVG would never end with these
             *(piece * 300 + b"<html>" for piece in (b"<!-- -->", b"<!--", b" ", b"<?xml?>")),

@@ -36,7 +36,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.case import SCRIPT, clean_environment
-from tests.pictures import png_file
+from tests.images import png_file
 from tests.server import KEY, b64
 
 MODULES = "argparse, json, re, subprocess, tempfile"

@@ -41,7 +41,7 @@ JOBS = (
 # What a real server may answer and the sandbox does not; added to the journal by hand.
 REFUSED = {
     "id": "crowd",
-    "prompt": "a picture that the content policy does not allow",
+    "prompt": "an image that the content policy does not allow",
     "identity": "0000000000000000-1",
     "state": "refused",
     "number": len(JOBS) + 1,

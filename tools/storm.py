@@ -29,8 +29,8 @@ from typing import Any, Callable, Iterable
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.case import SCRIPT, clean_environment
-from tests.deferreds import BatchApi, lost, made, picture_of, refused
-from tests.pictures import png
+from tests.deferreds import BatchApi, image_of, lost, made, refused
+from tests.images import png
 from tests.server import Reply, Request, answer, refusal
 
 SOON = [("Retry-After", "1")]
@@ -62,14 +62,14 @@ class Weather:
         if not request.path.startswith("/v1/images"):
             return self.api.answered(request)
         prompt = request.json["prompt"]
-        picture = answer(picture_of(prompt))
+        image = answer(image_of(prompt))
         time.sleep(0.05)
         return {
             "429": refusal(429, "rate_limit_exceeded", "slow", headers=SOON),
             "503": refusal(503, "slow_down", "busy", headers=SOON),
             "500": refusal(500, "server_error", "upstream time-out"),
-            "cut": picture._replace(cut=60),
-            "made": picture,
+            "cut": image._replace(cut=60),
+            "made": image,
         }[self.next_of(prompt)]
 
     def result(self, line: dict[str, Any]) -> dict[str, Any]:
@@ -147,9 +147,9 @@ class Storm:
         """Return a table, and whether all is well; jobs in a state of `without` need no image."""
         weather, entries = self.weather, map(json.loads, self.journal.read_text().splitlines())
         states = {entry["prompt"]: entry["state"] for entry in entries if "prompt" in entry}
-        due = {picture_of(prompt): prompt for prompt in weather.kinds}
+        due = {image_of(prompt): prompt for prompt in weather.kinds}
         found = [path.read_bytes() for path in (self.root / "jobs").glob("*.png")]
-        saved = {due[picture] for picture in found if picture in due}
+        saved = {due[image] for image in found if image in due}
         ended = {prompt for prompt, state in states.items() if state in without}
         faults = {
             "images lost": len(set(weather.kinds) - saved - ended),

@@ -1,4 +1,4 @@
-"""Tiny valid pictures made from nothing, and a strict PNG reader for looking at drawn ones.
+"""Tiny valid images made from nothing, and a strict PNG reader for looking at drawn ones.
 
 Every maker's files were seen to open in a real decoder (Pillow 13), with the size asked for.
 """
