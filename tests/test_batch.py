@@ -45,6 +45,7 @@ class JobsFiles(BatchCase):
             ("b.json", b'\n [\n{"prompt": "a"},\n {"prompt":\n"b"}]', ["a", "b"]),
             ("c.prompts", "a fox\nzwei Füchse 🦊\n".encode(), ["a fox", "zwei Füchse 🦊"]),
             ("d.txt", b"[a, b]\nc\n", ["[a, b]", "c"]),  # text, whatever it begins with
+            ("e.list", b"[watercolor] a fox\n[ink] b\n", ["[watercolor] a fox", "[ink] b"]),
             ("f.x", b"\xef\xbb\xbf\r\n  \na fox\r\n\n\t b \r\n", ["a fox", "b"]),
             ("g.jsonl", json.dumps({"prompt": long}).encode(), [long]),
             ("h.x", b'\xef\xbb\xbf\n\n{"prompt": "c"}\r\n\n{"prompt": "d"}', ["c", "d"]),
