@@ -52,8 +52,11 @@ class TestSandboxFlag(Case):
         self.env.update(dict.fromkeys(proxies, NOBODY), OPENAI_API_KEY=KEY)
         for base in ("https://no.such.example", NOBODY):
             with self.subTest(base):
-                run = self.sandbox(f"generate fox --json --size portrait --base-url {base}")
+                run = self.sandbox(f"generate fox --size portrait --base-url {base}")
                 self.assertRegex(run.err, r"(?m)^POST http://127\.0\.0\.1:\d+/v1/images")
+                self.assertRegex(run.err, r"\d+ tokens, sandbox: no cost\n\Z")
+                run = self.sandbox(f"generate fox --json --size portrait --base-url {base}")
+                self.assertEqual(run.err, "")
                 self.assertEqual((run.json["sandbox"], run.json["cost"]), (True, None))
         self.assertNotRegex(str(self.listing(self.state)), "history.jsonl|jobs/")
         self.assertIn("200", self.sandbox("config --check").out)
