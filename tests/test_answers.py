@@ -218,7 +218,10 @@ class TestRetries(AnswerCase):
             return Reply(silent=True)
 
         api = self.serve_base(refusal(429, None, "Wait.", headers=[("Retry-After", "0")]), second)
-        error = self.check(self.run_tool("generate", "a fox", "--json"), 8).json
+        run = self.check(self.run_tool("generate", "a fox", "--json"), 8)
+        waits = "HTTP 429 Wait; waiting 0 s, then trying again (1 of 2)"
+        self.assertEqual(run.err.splitlines()[0], waits)
+        error = run.json
         self.assertEqual((left, error["recover_id"], error["http_status"]), ([b""], None, None))
         self.assertNotIn("Wait", error["error"]["message"])
         self.assertEqual(error["attempts"], 2)

@@ -137,6 +137,23 @@ class TestDocument(OutputCase):
                 self.assertEqual(run.json["error"]["exit_code"], 2)
 
 
+class TestWarnings(OutputCase):
+    """Those on stderr are in the document too; what else the document says is not on stderr."""
+
+    def test_both_say_the_same(self) -> None:
+        for options, words in (
+            (("-s", "3840x2160"), "experimental"),
+            (("-s", "1920x1080", "--nearest-size"), "taking 1920x1088"),
+            (("-m", "gpt-image-9"), "gpt-image-9"),
+        ):
+            with self.subTest(options):
+                run = self.asked("--json", *options)
+                lines = run.err.splitlines()
+                warnings = [f"gpt-image2: warning: {text}" for text in run.json["warnings"]]
+                self.assertEqual(lines, warnings)
+                self.assertIn(words, run.err)
+
+
 class TestForging(OutputCase):
     """No server can put a line of its own among ours, or steer a terminal."""
 
@@ -396,6 +413,13 @@ class TestStreams(OutputCase):
                     self.assertEqual((found, self.jobs()), ({IMAGE, LARGE}, []))
                     if name.startswith("stderr"):
                         self.assertEqual(len(run.out.splitlines()), 1 if flags else 2)
+
+    def test_what_nobody_reads_is_no_fault(self) -> None:
+        """As in `| head`; a full disk is one."""
+        for name in self.bends("stdout"):
+            with self.subTest(name):
+                run = self.check(self.run_tool("sizes"), 0)
+                self.assertEqual("closed or full" in run.err, "reader" not in name, run)
 
     def test_an_error_keeps_its_exit_code_without_streams(self) -> None:
         for name in self.bends():

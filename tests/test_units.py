@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
+import time
 import unittest
 from email.utils import formatdate
 from pathlib import Path
@@ -256,6 +257,13 @@ class TestWaits(unittest.TestCase):
         self.assertEqual(waits, [0.5, 1, 2, 4, 8, 16, 30, 30, 30])
         jitter.assert_called_with(0.75, 1.0)
         self.assertEqual(tool.retry_delay(3, 7.5), 7.5)
+
+    def test_in_words(self) -> None:
+        """A wait over 10 s says until when."""
+        for seconds, words in ((2.0, "2 s"), (0.5, "0.5 s"), (10.0, "10 s")):
+            self.assertEqual(tool.wait_text(seconds), words)
+        with mock.patch("time.time", lambda: 0.0), mock.patch("time.localtime", time.gmtime):
+            self.assertEqual(tool.wait_text(119.5), "119.5 s (until 00:01:59)")
 
 
 class TestPieces(unittest.TestCase):
