@@ -27,7 +27,7 @@ OPENPTY: Any = getattr(os, "openpty", None)  # Windows has none
 
 BASH_DRIVER = """
 source "$1"; shift
-COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
 _gpt_image2
 printf '%s\\n' "${COMPREPLY[@]}"
 """
@@ -38,6 +38,16 @@ COMPLETED = (
     ("gpt-image2 generate --quality med", "medium"),
     ("gpt-image2 generate -s wides", "widescreen"),
     ("gpt-image2 edit a.png --mask ima", "image.png"),
+    ('gpt-image2 generate "a fox" --qual', "--quality"),
+    ('gpt-image2 generate "a fox" --quality med', "medium"),
+    ("gpt-image2 sizes story --js", "--json"),
+    ("gpt-image2 generate --quality=med", "--quality=medium"),
+    ("gpt-image2 sizes widesc", "widescreen"),
+    ("gpt-image2 sizes 16:", "16:9"),
+    ("gpt-image2 generate -s story@4", "story@4K"),
+    ("gpt-image2 generate x --size=story@4", "--size=story@4K"),
+    ("gpt-image2 generate --size=sto", "--size=story"),
+    ("gpt-image2 edit a.png --mask=ima", "--mask=image.png"),
 )
 
 
@@ -59,10 +69,8 @@ class TestCompletion(Case):
         return done.stdout.decode().splitlines()
 
     def test_bash(self) -> None:
-        bash = ["bash", "-c", BASH_DRIVER, "bash", str(self.written("bash"))]
-        for typed, due in COMPLETED:
-            with self.subTest(typed):
-                self.assertEqual(self.offered(*bash, *typed.split()), [due])
+        script = self.written("bash")
+        bash = ["bash", "-c", BASH_DRIVER, "bash", str(script)]
         for command in self.offered(*bash, "gpt-image2", ""):
             text = self.run_tool(command, "--help").out.partition("\nexamples:\n")[0]
             lefts = " ".join(re.findall(r"(?m)^  (-.*?)(?:  |$)", text))
@@ -77,13 +85,21 @@ class TestCompletion(Case):
                 self.assertEqual([line.partition("\t")[0] for line in lines], [due])
 
     @unittest.skipUnless(OPENPTY, "needs pseudo-terminals")
-    def test_zsh(self) -> None:
-        script = self.written("zsh")
+    def test_as_typed(self) -> None:
+        for shell, start in (
+            ("zsh", "zsh -f -i"),
+            ("bash", "bash --norc --noprofile -i"),
+        ):
+            with self.subTest(shell):
+                self.check_typed(start, self.written(shell))
+
+    def check_typed(self, start: str, script: Path) -> None:
+        """Type each line in a shell at a terminal, with a tab, and look what it becomes."""
         terminal, slave = OPENPTY()
         self.addCleanup(os.close, terminal)
         streams: dict[str, Any] = {"stdin": slave, "stdout": slave, "stderr": slave}
         env = {**self.env, "TERM": "dumb"}
-        shell = subprocess.Popen(["zsh", "-f", "-i"], env=env, cwd=self.work, **streams)
+        shell = subprocess.Popen(start.split(), env=env, cwd=self.work, **streams)
         os.close(slave)
         self.addCleanup(shell.wait)
         self.addCleanup(shell.kill)
@@ -96,12 +112,14 @@ class TestCompletion(Case):
                 text += os.read(terminal, 65536).decode("utf-8", "replace")
             return text
 
-        heard(f"autoload -U compinit; compinit -u -D; source {script}; echo re''ady\n", "ready")
+        ready = "autoload -U compinit; compinit -u -D; " if start.startswith("zsh") else ""
+        heard(f"{ready}source {script}; echo re''ady\n", "ready")
         for typed, due in COMPLETED:
             with self.subTest(typed):
                 # Ctrl-A and Ctrl-E: print the line as it is now.
                 said = heard(f"{typed}\t\x01echo 'L:\x05:L'\n", r"\nL:.*:L")
-                self.assertIn(due, said.rpartition("\nL:")[2])
+                line = said.rpartition("\nL:")[2].rpartition(":L")[0]
+                self.assertEqual(line.split()[-1], due)
 
 
 Until = Callable[[str, float], object]
