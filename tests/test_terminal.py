@@ -265,10 +265,15 @@ class TestPreview(ScreenCase):
 
     def test_tmux_passes_it_on(self) -> None:
         tmux = {"TMUX": "/tmp/tmux-0/default,1,0", "TERM": "tmux"}
-        kitty, iterm = (
+        kitty, iterm, wezterm = (
             "".join(re.findall(r"\x1bPtmux;((?:[^\x1b]|\x1b\x1b)*)\x1b\\", self.preview(env)))
-            for env in ({**tmux, "KITTY_WINDOW_ID": "1"}, {**tmux, "LC_TERMINAL": "iTerm2"})
+            for env in (
+                {**tmux, "KITTY_WINDOW_ID": "1"},
+                {**tmux, "LC_TERMINAL": "iTerm2"},
+                {**tmux, "TERM_PROGRAM": "tmux", "WEZTERM_PANE": "0"},
+            )
         )
+        self.assertEqual(wezterm, iterm)
         told, data = self.painted(kitty.replace("\x1b\x1b", "\x1b"))
         self.assertIn(",C=1,", told)
         self.assertEqual(data, IMAGE)
@@ -283,6 +288,7 @@ class TestPreview(ScreenCase):
             ("kitty shows png only", KITTY, jpeg(64, 64), True, "this terminal shows png only"),
             ("a plain terminal", {}, IMAGE, True, NOTHING),
             ("a pipe", KITTY, IMAGE, False, NOTHING),
+            ("VS Code in tmux", {"TMUX": "1", "TERM_PROGRAM": "vscode"}, IMAGE, True, NOTHING),
         ):
             with self.subTest(name):
                 shown = self.preview(env, image, tty)
