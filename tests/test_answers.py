@@ -9,11 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import random
 import re
 import shutil
 import socket
-import sys
 import threading
 import zlib
 from pathlib import Path
@@ -22,8 +20,8 @@ from unittest import mock
 from urllib.parse import quote
 
 import gpt_image2
-from tests.case import SCRIPT, Case, Run, SystemCase
-from tests.images import jpeg, png, png_chunk, svg
+from tests.case import Case, Run, SystemCase
+from tests.images import jpeg, png, svg
 from tests.server import (
     KEY,
     OPENAI_USAGE,
@@ -584,39 +582,3 @@ class TestStreams(SystemCase):
         self.assertEqual(old.read_bytes(), b"old")
         run = self.check(self.run_tool(*self.words, "--force", "--quiet"), 0)
         self.assertEqual((old.read_bytes(), run.err), (EARLY, ""))
-
-
-# Between this process, whose own memory a child starts with, and the tool.
-MEASURED = """
-import resource, subprocess, sys
-code = subprocess.call([sys.executable, {script!r}, *sys.argv[1:]])
-with open({report!r}, "w") as file:
-    file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
-sys.exit(code)
-"""
-
-
-class TestMemory(Case):
-    """Memory doesn't grow with the answer, a preview, or a download."""
-
-    def test_large_images_take_no_more_than_small_ones(self) -> None:
-        noise = random.Random(1).getrandbits(80_000_000).to_bytes(10_000_000, "big")
-        large = SMALL[:-12] + png_chunk(b"noIs", noise) + SMALL[-12:]
-        small = self.peak(SMALL)
-        self.assertLess(self.peak(large), min(64 << 20, small + (8 << 20)))
-
-    def peak(self, image: bytes) -> int:
-        """Return the bytes that the tool takes at most for an image in each of three ways."""
-        report, self.script = self.tmp / "peak", self.tmp / "measured.py"
-        self.script.write_text(MEASURED.format(script=str(SCRIPT), report=str(report)))
-        entry = b'{"b64_json": "' + b64(image).encode() + b'"}'
-        in_json = Reply(200, b'{"data": [' + b",".join([entry] * 4) + b"]}")
-        in_stream = event_stream(partial_event(image), completed_event(image))
-        most = 0
-        for reply in (in_json, in_stream, answer("/a.png")):
-            api = self.serve_base(reply)
-            api.put("/a.png", image)
-            run = self.check(self.run_tool("generate", "a fox", "--partial-images", "1"), 0)
-            self.assertEqual(contents(run.saved[-1:]), [image])
-            most = max(most, int(report.read_text()))
-        return most * (1 if sys.platform == "darwin" else 1024)
