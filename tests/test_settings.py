@@ -138,8 +138,7 @@ class TestPrecedence(SettingsCase):
                 self.assertEqual([values[row.key] for values in found], due)
 
     def test_values_and_sources(self) -> None:
-        # no longer than seven characters, which nothing would blank
-        secrets = {"headers": {"X-Auth": "hunter1"}, "proxy": "http://fox:hunter2@proxy.example"}
+        secrets = {"headers": {"X-Pass": "hunter1"}, "proxy": "http://fox:hunter2@proxy.example"}
         profiles = {"home": {"connect_timeout": 5, **IN_FILE}}
         top = {"model": "of-the-file", "connect_timeout": 6, "profile": "home", **secrets}
         self.configure(profiles=profiles, **top)
@@ -158,8 +157,22 @@ class TestPrecedence(SettingsCase):
         for source in (path, home, "GPT_IMAGE2_MODEL", "GPT_IMAGE2_RETRIES"):
             self.assertIn(source, text)
         for out in (run.out, text):
-            self.assertRegex(out, rf"(?s)of-the-file.*X-Auth.*proxy\.example.*{FILE_KEY[-4:]}")
+            self.assertRegex(out, rf"(?s)of-the-file.*X-Pass.*proxy\.example.*{FILE_KEY[-4:]}")
             self.assertNotRegex(out, f"{FILE_KEY[3:-4]}|hunter")
+
+    def test_a_proxys_login_in_every_spelling(self) -> None:
+        for lead, login in (
+            *(("", "fox:hunter2"), ("", "hunter2"), ("socks5h://", "hunter2")),
+            *(("HTTP://", "fox:hunter2//hunter@3:"), ("", "fox://hunter2/")),
+        ):
+            with self.subTest(lead + login):
+                self.configure(proxy=f"{lead}{login}@proxy.example:1", api_key=KEY)
+                for argv in (["config", "--show"], ["generate", "fox", "--dry-run", "--verbose"]):
+                    run = self.check(self.run_tool(*argv), 0)
+                    self.assertIn("****@proxy.example:1", run.out)
+                    self.assertNotIn("hunter", run.out + run.err)
+        self.configure(proxy="http://fox:hunter2\n@proxy.example")
+        self.assertNotIn("hunter", self.refused(3, "proxy").err)
 
 
 class TestFiles(SettingsCase):
@@ -414,16 +427,17 @@ class TestSources(SettingsCase):
         return run
 
     def test_the_headers_of_a_profile_go_to_its_own_host(self) -> None:
-        headers = {"X-Auth-Token": PROFILE_KEY, "X-Team": "foxes"}
+        headers = {"X-Auth-Token": PROFILE_KEY, "X-Session": "foxes"}
         profile = {"base_url": self.api.base_url, "headers": headers}
         self.configure(base_url=RELAY, profiles={"mine": profile})
         self.generate("--profile", "mine")
         self.assertEqual(self.api.posts[0].headers["x-auth-token"], PROFILE_KEY)
         other = self.serve(otherwise=answer(IMAGE))
         run = self.generate("--profile", "mine", "--base-url", other.base_url)
-        self.assertNotIn(PROFILE_KEY, str(other))
-        self.assertEqual(other.posts[0].headers["x-team"], "foxes")
-        self.assertRegex(run.err, "warning: .*X-Auth-Token")
+        self.assertNotRegex(str(other), f"{PROFILE_KEY}|foxes")
+        self.assertRegex(run.err, "warning: .*X-Auth-Token, X-Session")
+        shown = self.planned("--profile", "mine")["headers"]
+        self.assertEqual(shown, dict.fromkeys(headers, "****"))
 
     def test_command_before_variable_before_text(self) -> None:
         """The command runs without a shell; a key is undressed."""
@@ -459,7 +473,10 @@ class TestSources(SettingsCase):
         keys = (f"{ODD_KEY} one", f"{ODD_KEY}\nsk-b", f"{ODD_KEY}\a", f"{ODD_KEY}é", [ODD_KEY])
         for name, values in (
             *(("api_key_command", commands), ("api_key", keys), ("api_key_env", [ODD_KEY])),
-            *(("auth_header", [header]), ("headers", [header])),
+            *(
+                ("auth_header", [header, ODD_KEY, FILE_KEY, f"X: {FILE_KEY}"]),
+                ("headers", [header]),
+            ),
         ):
             for value in values:
                 with self.subTest(name, value=value):
@@ -528,6 +545,31 @@ class TestNeverShown(SettingsCase):
                 self.assert_hidden(self.generate(*argv, code=code), ODD_KEY)
                 self.assertEqual(self.holders(), [])
         self.assert_hidden(self.check(self.run_tool("recover"), 0), ODD_KEY)
+
+    def test_our_own_names_are_no_echoes(self) -> None:
+        """A folder called like the key is printed, and noted, as it is."""
+        for key in ("lm-studio", FILE_KEY):
+            with self.subTest(key):
+                api = self.serve(answer(IMAGE), answer(IMAGE), refusal(400, None, f"no: {key}."))
+                self.configure(base_url=api.base_url, api_key=key)
+                path = self.generate("-o", f"{key}/a.png", "--sidecar").saved[0]
+                self.assertEqual(path, self.work / key / "a.png")
+                note = json.loads(Path(f"{path}.json").read_text())
+                last = self.check(self.run_tool("history", "--json"), 0).json["entries"][-1]
+                self.assertEqual((note["paths"], last["paths"]), ([str(path)], [str(path)]))
+                run = self.generate("-o", f"{key}/b.png", "--new", "--json")
+                self.assertEqual(run.json["images"][0]["path"], str(self.work / key / "b.png"))
+                told = f"no: {key if len(key) < 16 else '****'}."
+                self.assertIn(told[:-1], self.generate("--new", code=1).err)
+
+    def test_by_no_link_of_an_answer(self) -> None:
+        for link in (f"ftp://{ODD_KEY}/a.png", f"http://{ODD_KEY[:6]}{FILE_KEY}.invalid/a.png"):
+            with self.subTest(link):
+                api = self.serve(answer(link))
+                self.configure(base_url=api.base_url, api_key=FILE_KEY)
+                headers = {"X-Odd": ODD_KEY}
+                self.configure(base_url=api.base_url, api_key=FILE_KEY, headers=headers)
+                self.assert_hidden(self.generate("--new", code=10), ODD_KEY, FILE_KEY)
 
 
 class TestInit(SettingsCase):
