@@ -338,6 +338,7 @@ RULES = (
     # OPENAI_API_KEY and OPENAI_BASE_URL are a pair; the key alone belongs to OpenAI.
     Rule(OPENAI_KEY, RELAY, env=PAIR),
     Rule(OPENAI_KEY, OPENAI, env=IN_OPENAI),
+    Rule(OPENAI_KEY, OPENAI, "--base-url https://API.openai.com./v1", env=IN_OPENAI),
     # Over plain http it goes where that is allowed.
     Rule(FLAG_KEY, PLAIN, f"{FLAG} --base-url {PLAIN} --allow-http"),
     # A server on this machine needs none, and gets none that is not its own.
@@ -406,7 +407,8 @@ class TestWhichKeyGoesWhere(SettingsCase):
                 self.assertEqual(re.findall(r"[^\"]*sk-from[\w-]*|Authorization", told), due)
                 urls = [] if rule.key is None else [f"{rule.base}/images/generations"]
                 self.assertEqual(re.findall('(?m)^url = "(.*)"$', told), urls)
-        self.assertEqual(self.told(Rule(None, flags=f"{FLAG} --base-url {PLAIN}"), 2), "")
+        for plain in (PLAIN, "http://127.0.0.256", "http://127.300", "http://localhost.a."):
+            self.assertEqual(self.told(Rule(None, flags=f"{FLAG} --base-url {plain}"), 2), "")
         told = self.told(Rule(None, flags="--sandbox", config=COMMAND, env=ALL_ENV), 7)
         self.assertIn('url = "http://127.0.0.1:', told)
         self.assertNotIn("sk-from", told)
