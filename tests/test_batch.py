@@ -564,7 +564,7 @@ class Pace(BatchCase):
 
         def hold_a() -> Reply:
             self.api.wait_for_request(2)  # b is under way
-            return slow_down(60)
+            return refusal(429, "rate_limit_exceeded", "Limit 5. Please try again in 60s.")
 
         self.painter.order("a", hold_a)
         self.prompts("a", "b", "c", "d")

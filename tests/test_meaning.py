@@ -5,6 +5,9 @@ Each row names the public thread whose shape it has (owner/repo#N), or the issue
 
 from __future__ import annotations
 
+import re
+import struct
+from pathlib import Path
 from typing import Any
 
 import gpt_image2
@@ -134,6 +137,59 @@ class TestImages(ReadCase):
         run = self.check(self.run_tool("generate", "a fox"), 0)
         self.assertEqual(run.saved[0].read_bytes(), SMALL)
         self.assertNotIn("authorization", api.gets[0].headers)
+
+
+def box(kind: bytes, *parts: bytes) -> bytes:
+    """Return a box of an ISO media file, as AVIF and HEIC are."""
+    body = b"".join(parts)
+    return struct.pack(">I", 8 + len(body)) + kind + body
+
+
+def media(brand: bytes) -> bytes:
+    """Return the boxes of an image of 40x30 pixels, without its pixels."""
+    size = box(b"ispe", struct.pack(">III", 0, 40, 30))
+    head = box(b"meta", bytes(4), box(b"iprp", box(b"ipco", size)))
+    return box(b"ftyp", brand, bytes(4), brand) + head + box(b"mdat", bytes(9000))
+
+
+OTHER_FORMATS = {
+    "avif": media(b"avif"),
+    "heic": media(b"heic"),
+    "bmp": b"BM"
+    + struct.pack("<IIIIiiHHIIiiII", 58, 0, 54, 40, 40, 30, 1, 24, *[0] * 6)
+    + bytes(4),
+    "tiff": b"II*\0" + struct.pack("<IHI", 8, 0, 0) + bytes(99),
+}
+
+
+class TestFormats(ReadCase):
+    """Images of formats that the API does not name, and what is no image."""
+
+    def test_each_has_its_own_suffix(self) -> None:
+        for kind, image in OTHER_FORMATS.items():
+            for entry in ({"b64_json": b64(image)}, {"url": self.serve().put("/x", image)}):
+                with self.subTest(kind, entry=[*entry]):
+                    self.serve_base(json_reply({"data": [entry]}))
+                    run = self.check(self.run_tool("generate", "x", "-f", "png"), 0)
+                    self.assertEqual(run.saved[0].suffix, f".{kind}")
+                    self.assertEqual(run.saved[0].read_bytes(), image)
+                    self.assertRegex(run.err, f"warning: .* holds {kind}, not png as requested")
+
+    def test_what_is_cut_or_no_image_is_kept_and_named(self) -> None:
+        for name, data in {
+            "cut": OTHER_FORMATS["avif"][:-1],
+            "a document": b"%PDF-1.7" + bytes(900),
+            "a video": box(b"ftyp", b"isom", bytes(4), b"isom") + box(b"mdat", bytes(900)),
+        }.items():
+            for entry in ({"b64_json": b64(data)}, {"url": self.serve().put("/x", data)}):
+                with self.subTest(name, entry=[*entry]):
+                    run = self.check(self.ask(json_reply({"data": [entry]}), "--json"), 10)
+                    error = run.json["error"]
+                    path = re.search(r"kept: (\S+)", error["message"] + " " + error["hint"])
+                    assert path, error
+                    kept = Path(path[1]).read_bytes()
+                    self.assertTrue(data in kept or b64(data).encode() in kept)
+                    self.run_tool("recover", "--clean", "--older-than", "0s")
 
 
 class TestWords(ReadCase):
