@@ -168,6 +168,23 @@ class TestForging(OutputCase):
                     self.check_clean(run, 1 if name == "image" and "--json" not in flags else 0)
                     self.assertEqual(run.code == 0, name == "image")
 
+    def test_in_what_is_only_shown(self) -> None:
+        """Prompts, and folders with odd names, in lines of any command."""
+        name = HOSTILE.replace("/", ":").replace("\0", "")
+        folder = self.new_folder(name)
+        (folder / "jobs.txt").write_text("a fox\n")
+        prompt = ["generate", name, "--dry-run", "--verbose", f"--output-dir={self.work}"]
+        for argv in (
+            *(["config", "--init"], ["config", "--show"], prompt, [*prompt, "--json"]),
+            *(["batch", "jobs.txt"], ["batch", "jobs.txt", "--output-dir", "out", "--dry-run"]),
+        ):
+            with self.subTest(argv):
+                self.serve_base(otherwise=answer(IMAGE))
+                env = {"GPT_IMAGE2_CONFIG": str(folder / "config.json")}
+                run = self.check(self.run_tool(*argv, env=env, cwd=folder), 0)
+                self.check_clean(run, int(argv == ["batch", "jobs.txt"]))
+                self.assertIn("fox", run.out + run.err)
+
     def test_in_what_a_caller_passes_on(self) -> None:
         name = HOSTILE.replace("\0", "")
         for argv in (["--prompt-file", name], ["--size", name], [f"--{name}"], ["-o", name]):

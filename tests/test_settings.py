@@ -489,6 +489,8 @@ class TestSources(SettingsCase):
         for key in ("sk-...", "YOUR-KEY", "<your-key>", "${OPENAI_API_KEY}"):
             self.configure(base_url=RELAY, api_key=key)
             self.refused(3, "placeholder")
+            self.configure(base_url=HERE, api_key=key)  # which needs none
+            self.generate("--dry-run")
         self.refused(2, "--api-key", "--api-key", "")
         self.no_request(self.api)
 
@@ -600,6 +602,33 @@ class TestInit(SettingsCase):
                 self.assertEqual(plan["endpoint"].lower(), f"{base}/images/generations")
                 self.assertEqual(list(plan["headers"]), [header])
                 self.path.unlink()
+
+    def test_a_relay_of_the_environment_keeps_its_key(self) -> None:
+        """A file comes before the variables, so it must not send their key to OpenAI."""
+        hk, named = {"GPT_IMAGE2_BASE_URL": HK}, {"GPT_IMAGE2_BASE_URL": OTHER, **IN_ENV}
+        for env, flags, base, variable in (
+            (PAIR, "", RELAY, "OPENAI_API_KEY"),
+            (PAIR, "--profile openai", RELAY, "OPENAI_API_KEY"),
+            (PAIR, f"--base-url {OTHER}", OTHER, "GPT_IMAGE2_API_KEY"),
+            (PAIR, "--profile nodekey", NODEKEY, "NODEKEY_API_KEY"),
+            ({**PAIR, **named}, "", OTHER, "GPT_IMAGE2_API_KEY"),
+            (named, "--profile mine", OTHER, "GPT_IMAGE2_API_KEY"),
+            (hk, "", HK, "OPENAI_HK_API_KEY"),
+            (IN_OPENAI, "", OPENAI, "OPENAI_API_KEY"),
+        ):
+            with self.subTest(flags, env=env):
+                run = self.config_tool("--init", *flags.split(), env=env)
+                taken = base in env.values()
+                self.assertEqual(
+                    f"BASE_URL is set: the file gets base_url {base}" in run.err, taken
+                )
+                plan = self.planned(env={**env, variable: KEY})
+                self.assertEqual(plan["endpoint"], f"{base}/images/generations")
+                self.assertIn(f'"api_key_env": "{variable}"', json.dumps(self.written()))
+                self.path.unlink()
+        self.assertIn(
+            "BASE_URL", self.config_tool("--init", env={"OPENAI_BASE_URL": "a b"}, code=2).err
+        )
 
     def test_an_existing_file_or_profile_needs_force(self) -> None:
         before = {"model": "mine", "profiles": {"nodekey": HOST}}
