@@ -171,6 +171,9 @@ class TestPrecedence(SettingsCase):
                     run = self.check(self.run_tool(*argv), 0)
                     self.assertIn("****@proxy.example:1", run.out)
                     self.assertNotIn("hunter", run.out + run.err)
+        for proxy in ("foo://fox:hunter2@proxy.example", "hunter2@[", "http://hun'ter2:hunter2@["):
+            self.configure(base_url=RELAY, proxy=proxy, api_key=KEY, retries=0)  # curl quotes it
+            self.assertNotIn("ter2", self.generate(code=7).err)
         self.configure(proxy="http://fox:hunter2\n@proxy.example")
         self.assertNotIn("hunter", self.refused(3, "proxy").err)
 
