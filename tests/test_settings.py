@@ -27,7 +27,7 @@ ENV_KEY = "sk-from-the-environment-0123456789"
 FILE_KEY = "sk-from-the-file-0123456789"
 PROFILE_KEY = "sk-from-the-profile-0123456789"
 OPENAI_KEY = "sk-from-openai-api-key-0123456789"
-ODD_KEY = "sk-test/0123+4567=89&abc?def~ghi"  # every spelling of it differs
+ODD_KEY = 'sk-test/0123+4567=89&abc?d"f~ghi'  # every spelling of it differs
 
 
 class SettingsCase(SystemCase):
@@ -373,7 +373,14 @@ def echoes(key: str) -> list[str]:
     """Return a key as servers echo it: raw, URL-encoded, in base64 alone or as a whole header."""
     encoded = quote(key, safe="")
     lower_case = re.sub("%..", lambda match: match[0].lower(), encoded)
-    return [key, encoded, lower_case, b64(key.encode()), b64(f"Bearer {key}".encode())]
+    return [
+        key,
+        json.dumps(key)[1:-1],
+        encoded,
+        lower_case,
+        b64(key.encode()),
+        b64(f"Bearer {key}".encode()),
+    ]
 
 
 def spellings(key: str) -> list[str]:
@@ -682,13 +689,13 @@ class TestCheck(SettingsCase):
         return run
 
     def test_what_the_server_may_answer(self) -> None:
-        refused = refusal(401, "invalid_api_key", "Incorrect API key.")
+        refused = refusal(401, "invalid_api_key", f"Incorrect API key: {KEY}.")
         for reply, code, pattern in (
             (models("gpt-image-2"), 0, "200"),
             (refused, 4, "401.*Incorrect API key"),
             (refusal(403, None, "Your organization must be verified."), 4, "must be verified"),
             (page(404, "Not Found"), 0, "404.*reachable"),
-            (Reply(301, headers=[("Location", OTHER)]), 1, "other.example"),
+            (Reply(301, headers=[("Location", f"{OTHER}/{KEY}")]), 1, "other.example"),
             (page(502, "Bad Gateway"), 1, "502"),
         ):
             with self.subTest(reply.status):
