@@ -286,10 +286,11 @@ class TestDownloads(LinkCase):
 
     def test_a_download_carries_no_key(self) -> None:
         host = self.serve()
-        self.configure(headers={"X-Team": "secret-team"})
+        self.env["GPT_IMAGE2_HEADERS"] = '{"X-Team": "secret-team"}'
         links = (host.put("/a.png", SMALL), "/b.png")
         self.check_saved(self.follow(*links, files={"/b.png": file_reply(LARGE)}), SMALL, LARGE)
-        self.assertEqual(self.api.posts[0].headers["authorization"], f"Bearer {KEY}")
+        sent = self.api.posts[0].headers
+        self.assertEqual((sent["authorization"], sent["x-team"]), (f"Bearer {KEY}", "secret-team"))
         self.check_keyless(host, self.api)
         for api in (host, self.api):
             self.assertNotIn("secret-team", str(api.gets[0]))

@@ -18,7 +18,9 @@ from tests.server import Reply, Script, answer, json_reply, refusal
 
 IMAGE = png(40, 30, seed=1)
 LARGE = png(400, 300, seed=2)  # larger than any pipe's buffer
-HOSTILE = "fox\nSaved: /etc/passwd (1 KB)\r\x1b[2K\x1b]0;t\x07\x85\u2028\u202egnp.\u2066\x00end"
+HOSTILE = (
+    "fox\nSaved: /etc/passwd (1 KB)\r\x1b[2K\x1b]0;t\x07\x85Saved: x\u2028\u202egnp.\u2066\x00end"
+)
 
 
 class OutputCase(SystemCase):
@@ -184,6 +186,8 @@ class TestForging(OutputCase):
                 run = self.check(self.run_tool(*argv, env=env, cwd=folder), 0)
                 self.check_clean(run, int(argv == ["batch", "jobs.txt"]))
                 self.assertIn("fox", run.out + run.err)
+                if "--json" in argv:
+                    self.assertEqual(run.json["dry_run"]["fields"]["prompt"], name)
 
     def test_in_what_a_caller_passes_on(self) -> None:
         name = HOSTILE.replace("\0", "")
