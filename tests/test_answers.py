@@ -284,10 +284,11 @@ class TestDownloads(LinkCase):
 
     def test_a_download_carries_no_key(self) -> None:
         host = self.serve()
-        self.configure(headers={"X-Team": "secret-team"})
+        self.env["GPT_IMAGE2_HEADERS"] = '{"X-Team": "secret-team"}'
         links = (host.put("/a.png", SMALL), "/b.png")
         self.check_saved(self.follow(*links, files={"/b.png": file_reply(LARGE)}), SMALL, LARGE)
-        self.assertEqual(self.api.posts[0].headers["authorization"], f"Bearer {KEY}")
+        sent = self.api.posts[0].headers
+        self.assertEqual((sent["authorization"], sent["x-team"]), (f"Bearer {KEY}", "secret-team"))
         self.check_keyless(host, self.api)
         for api in (host, self.api):
             self.assertNotIn("secret-team", str(api.gets[0]))
@@ -408,6 +409,26 @@ class TestPlaces(LinkCase):
             self.check_saved(self.follow(url, files={url: file_reply(SMALL)}, api=api), SMALL)
         self.check_keyless(api)
 
+    def test_only_the_proxy_of_this_very_link_counts(self) -> None:
+        """Another name's, or another scheme's, looks nothing up; curl goes where we think."""
+        url = "http://cdn.example/a.png"
+        for env, proxied in (
+            ({"all_proxy": "{}", "https_proxy": "http://a.invalid"}, True),
+            ({"http_proxy": "{}", "no_proxy": "a.example cdn.example"}, True),  # curl's way
+            ({"GPT_IMAGE2_PROXY": "{}", "no_proxy": "images.example"}, True),
+            ({"https_proxy": "{}"}, False),
+            ({"http_proxy": "{}", "no_proxy": "a.example,.cdn.example"}, False),
+            ({"ALL_PROXY": "{}", "NO_PROXY": "*"}, False),
+            ({"GPT_IMAGE2_PROXY": "{}", "no_proxy": "example"}, False),
+        ):
+            with self.subTest(env), mock.patch("socket.getaddrinfo", looked_up("10.0.0.1")):
+                api = self.serve_base()
+                variables = {name: text.format(api.origin) for name, text in env.items()}
+                with mock.patch.dict(self.env, variables):
+                    run = self.follow(url, files={url: file_reply(SMALL)}, api=api)
+                self.check(run, 0 if proxied else 10)
+                self.assertEqual(bool(api.gets), proxied)
+
     def test_allow_private(self) -> None:
         api = self.behind_proxy()
         run = self.follow(api.put("/a.png", SMALL), api=api)
@@ -427,10 +448,10 @@ class TestPlaces(LinkCase):
     def test_a_name_leads_to_the_address_that_was_checked(self) -> None:
         """Nobody looks it up once more, as what is said then may be another address."""
         self.wrap_curl(REROUTED)
-        for address in ("8.8.8.8", "2606:4700::1111"):
+        for address, dot in (("8.8.8.8", ""), ("2606:4700::1111", ""), ("8.8.8.8", ".")):
             with self.subTest(address), mock.patch("socket.getaddrinfo", looked_up(address)):
                 api = self.serve_base()
-                url = f"http://cdn.invalid:{api.port}/a.png"
+                url = f"http://cdn.invalid{dot}:{api.port}/a.png"
                 run = self.follow(url, files={"/a.png": file_reply(SMALL)}, api=api)
                 self.check_saved(run, SMALL)
                 self.assertEqual(api.gets[0].headers["host"], f"cdn.invalid:{api.port}")
