@@ -320,10 +320,10 @@ class Killed(ResumeCase):
         self.check_done("a")
 
     def test_a_job_that_a_batch_works_on(self) -> None:
-        runs = self.beside("a", "recover --last")
+        runs = self.beside("a", "recover --last --no-wait")
         self.prompts("a")
         self.batch()
-        self.assertIn("under way", self.check(runs[0], 10).err)
+        self.assertIn("running", self.check(runs[0], 10).err)
         self.check_done("a")
 
     def test_what_a_killed_batch_left(self) -> None:
