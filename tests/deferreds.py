@@ -80,6 +80,7 @@ class BatchApi(Api):
         self.good: dict[str, set[str]] = {}  # the custom_ids that an ended batch made
         self.orders: dict[str, list[Order]] = collections.defaultdict(list)
         self.always: Reply | None = None  # the answer to everything
+        self.keeps_metadata = True
         self.cut: int | None = None  # cut every download after so many bytes
         self.busy = threading.RLock()
         super().__init__(otherwise=self.answered)
@@ -130,6 +131,7 @@ class BatchApi(Api):
         counts = {"total": total, "completed": 0, "failed": 0}
         files = dict.fromkeys(("output_file_id", "error_file_id", "errors"))
         batch = {"id": name, "status": "validating", "request_counts": counts, **files, **asked}
+        batch["metadata"] = asked["metadata"] if self.keeps_metadata else None
         self.batches[name] = batch
         return json_reply(batch)
 

@@ -181,6 +181,15 @@ def link(*replies: Script, more: Sequence[Argument] = ()) -> Play:
     return play
 
 
+def own_loopback(stage: Stage) -> Run:
+    """Play an answer with a link to the port at which the server itself listens."""
+    closed = stage.serve()
+    closed.close()
+    api = stage.serve_base(answer(closed.origin + "/a.png"))
+    api.put("/a.png", FIRST)
+    return stage.run_tool(*FOX)
+
+
 def three_links(stage: Stage) -> Run:
     """Play an answer of three links, of which one leads nowhere until recover comes."""
     api = stage.serve_base()
@@ -572,6 +581,7 @@ REFUSALS = [
     row("200 with a task", UNKNOWN, json_reply({"task_id": "t7", "status": "queued"}), "task t7"),
     row("200 with a refusal in words", UNKNOWN, json_reply({"content": "I can't."}), "I can't."),
     row("200 in the form of a chat", SAVED, json_reply({"choices": [{"message": CHAT}]})),
+    row("HTTP 400 in words of its own", REFUSED, json_reply({"errorMessage": "Odd"}, 400), "Odd"),
     row("HTTP 413 before the request is read", REFUSED, Reply(413, early=True), "too large"),
     *(
         row(f"HTTP {status} to another place", REFUSED, MOVED._replace(status=status), ELSEWHERE)
@@ -584,6 +594,7 @@ SECOND_TRIES = {
     "HTTP 429, retry-after-ms: 20": limit(("retry-after-ms", "20"), HOUR),
     "HTTP 429, no Retry-After": limit(),
     "HTTP 503, Retry-After: 0": page(503, "Unavailable", [NOW]),
+    "HTTP 429, try again in 20ms": refusal(429, None, "Please try again in 20ms."),
     "HTTP 503 slow_down": refusal(503, "slow_down", "Busy."),
 }
 
@@ -671,6 +682,7 @@ LINKS = [
     row("link: 403, expired", NO_IMAGE, link(*[page(403, "Expired")] * 2), "HTTP 403"),
     row("link: one of three is 404, later there", Outcome(9, 1, 2, (0, 3)), three_links),
     row("link: 429, then the file", SAVED, link(Reply(429), ranged(FIRST))),
+    row("link: to the server's own loopback", SAVED, own_loopback),
     row("link: no byte, then the file", SAVED, link(Reply(silent=True), ranged(FIRST))),
     row("link: time-out, then the file", SAVED, link(HELD, ranged(FIRST), more=BRIEF)),
 ]

@@ -15,6 +15,7 @@ import shutil
 import socket
 import sys
 import threading
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 from unittest import mock
@@ -101,6 +102,8 @@ class TestShapes(AnswerCase):
             "a gateway's comment after it": plain + b"\n<!-- from the gateway -->",
             "lines of waiting around": 3 * waiting + plain + b"\n" + waiting,
             "gzipped, unasked": gzip.compress(plain),
+            "gzipped in two members": gzip.compress(plain[:99]) + gzip.compress(plain[99:]) + b"\0",
+            "deflated": zlib.compress(plain),
         }
         first, second = completed_event(SMALL), completed_event(LARGE, kind="image_edit")
         replies = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -343,12 +344,13 @@ class Kills(DeferredCase):
                     self.batch()
                 self.check_batches(generations=1)
 
-    def test_a_create_that_was_made_is_found_by_its_metadata(self) -> None:
+    def test_a_create_that_was_made_is_found_by_its_metadata_or_file(self) -> None:
         odd = (page(504, "Time-out"), json_reply({}), json_reply({"id": "../batch_0"}))
         self.numbered(2)
-        for reply in (*UNCLEAR, *odd):
-            with self.subTest(reply.body, status=reply.status):
+        for keeps, reply in itertools.product((True, False), (*UNCLEAR, *odd)):
+            with self.subTest(reply.body, status=reply.status, metadata=keeps):
                 self.fresh()
+                self.api.keeps_metadata = keeps
                 self.api.order(CREATE, reply, done=True)
                 self.batch(code=8)
                 self.api.foreign(5)  # so that ours is on the third page

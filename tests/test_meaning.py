@@ -5,6 +5,9 @@ Each row names the public thread whose shape it has (owner/repo#N), or the issue
 
 from __future__ import annotations
 
+import re
+import struct
+from pathlib import Path
 from typing import Any
 
 import gpt_image2
@@ -136,6 +139,59 @@ class TestImages(ReadCase):
         self.assertNotIn("authorization", api.gets[0].headers)
 
 
+def box(kind: bytes, *parts: bytes) -> bytes:
+    """Return a box of an ISO media file, as AVIF and HEIC are."""
+    body = b"".join(parts)
+    return struct.pack(">I", 8 + len(body)) + kind + body
+
+
+def media(brand: bytes) -> bytes:
+    """Return the boxes of an image of 40x30 pixels, without its pixels."""
+    size = box(b"ispe", struct.pack(">III", 0, 40, 30))
+    head = box(b"meta", bytes(4), box(b"iprp", box(b"ipco", size)))
+    return box(b"ftyp", brand, bytes(4), brand) + head + box(b"mdat", bytes(9000))
+
+
+OTHER_FORMATS = {
+    "avif": media(b"avif"),
+    "heic": media(b"heic"),
+    "bmp": b"BM"
+    + struct.pack("<IIIIiiHHIIiiII", 58, 0, 54, 40, 40, 30, 1, 24, *[0] * 6)
+    + bytes(4),
+    "tiff": b"II*\0" + struct.pack("<IHI", 8, 0, 0) + bytes(99),
+}
+
+
+class TestFormats(ReadCase):
+    """Images of formats that the API does not name, and what is no image."""
+
+    def test_each_has_its_own_suffix(self) -> None:
+        for kind, image in OTHER_FORMATS.items():
+            for entry in ({"b64_json": b64(image)}, {"url": self.serve().put("/x", image)}):
+                with self.subTest(kind, entry=[*entry]):
+                    self.serve_base(json_reply({"data": [entry]}))
+                    run = self.check(self.run_tool("generate", "x", "-f", "png"), 0)
+                    self.assertEqual(run.saved[0].suffix, f".{kind}")
+                    self.assertEqual(run.saved[0].read_bytes(), image)
+                    self.assertRegex(run.err, f"warning: .* holds {kind}, not png as requested")
+
+    def test_what_is_cut_or_no_image_is_kept_and_named(self) -> None:
+        for name, data in {
+            "cut": OTHER_FORMATS["avif"][:-1],
+            "a document": b"%PDF-1.7" + bytes(900),
+            "a video": box(b"ftyp", b"isom", bytes(4), b"isom") + box(b"mdat", bytes(900)),
+        }.items():
+            for entry in ({"b64_json": b64(data)}, {"url": self.serve().put("/x", data)}):
+                with self.subTest(name, entry=[*entry]):
+                    run = self.check(self.ask(json_reply({"data": [entry]}), "--json"), 10)
+                    error = run.json["error"]
+                    path = re.search(r"kept: (\S+)", error["message"] + " " + error["hint"])
+                    assert path, error
+                    kept = Path(path[1]).read_bytes()
+                    self.assertTrue(data in kept or b64(data).encode() in kept)
+                    self.run_tool("recover", "--clean", "--older-than", "0s")
+
+
 class TestWords(ReadCase):
     """A refusal is told by what it means, whatever its status; its own words are shown."""
 
@@ -205,6 +261,12 @@ class TestWords(ReadCase):
             ("DashScope", 400, {"code": "InvalidParameter", "msg": "1023"}, "Parameter", "1023"),
             ("Cloudflare", 400, cloudflare, "7003", "Could not route"),
             ("su-kaka/gcli2api#367", 404, gone, "was not found"),
+            (
+                "FastAPI",
+                422,
+                {"detail": [{"loc": ["body", "size"], "msg": "bad"}]},
+                "bad (body, size)",
+            ),
             ("nothing known", 400, {"foo": {"bar": [1]}}, '"bar"'),
         ):
             self.check_row(name, status, body, 1, *words)
@@ -219,8 +281,11 @@ class TestWords(ReadCase):
             ("Please retry after 30 seconds", 30),
             ("Try again in 250ms.", 0.25),
             ("Try again in 3 minutes", 180),
-        ):
-            with self.subTest(text):  # the first: abi/screenshot-to-code#76
+            ("Requested 775. Please try again in 232ms. Visit https://a.invalid/", 0.232),
+            ("You have exhausted your capacity on this model. Your quota will reset after 3s.", 3),
+            ("You are uploading too fast. Please wait 59 more minutes.", 3540),
+        ):  # abi/screenshot-to-code#76, pixeltable/pixeltable#704,
+            with self.subTest(text):  # lbjlaq/Antigravity-Manager#156, bkeiren/EasyImgur#54
                 self.assertEqual(gpt_image2.retry_after({}, text), seconds)
         self.check_row("too long", 429, said("Try again in 60 minutes"), 6, "3600 s")
 
@@ -240,3 +305,94 @@ class TestWords(ReadCase):
         value = {"choices": [{"message": {"content": "I can't draw that."}}]}
         run = self.check(self.ask(json_reply(value), "--json"), 8)
         self.assertIn("I can't draw that", run.json["error"]["message"])
+
+
+class TestPasted(ReadCase):
+    """A base URL as people paste it."""
+
+    def test_base_urls(self) -> None:
+        azure = "https://r.openai.azure.com"
+        old = "https://r-westus3.cognitiveservices.azure.com/openai/deployments"
+        v1 = "/openai/v1/images/generations"
+        for name, pasted, url, model in (
+            (
+                "OkGoDoIt/OpenAI-API-dotnet#165",
+                f"{azure}/openai/deployments/pics/images/generations?api-version=2023-06-01",
+                azure + v1,
+                "pics",
+            ),
+            (
+                "Azure-Samples/openai#146",
+                f"{old}/gpt-image-1/images/edits?api-version=2025-03-01",
+                f"https://r-westus3.cognitiveservices.azure.com{v1}",
+                "gpt-image-1",
+            ),
+            ("langgenius/dify-official-plugins#2881", f"{azure}/", azure + v1, "gpt-image-2"),
+            ("open-webui/open-webui#16267", f"{azure}/openai/deployments/", azure + v1, ""),
+            (
+                "egoist/chatwise-releases#943",
+                f"{azure}/openai/deployments/i1/v1/images/generations",
+                azure + v1,
+                "i1",
+            ),
+            (
+                "microsoft/UFO#8",
+                f"{azure}/openai/deployments/d/chat/completions?api-version=1",
+                azure + v1,
+                "d",
+            ),
+            (
+                "a Foundry project",
+                "https://r.services.ai.azure.com/api/projects/p",
+                f"https://r.services.ai.azure.com{v1}",
+                "",
+            ),
+            (
+                "an endpoint",
+                "relay.invalid/v1/chat/completions",
+                "https://relay.invalid/v1/images/generations",
+                "",
+            ),
+            (
+                "another",
+                "https://relay.invalid/api/v3/responses?x=1",
+                "https://relay.invalid/api/v3/images/generations",
+                "",
+            ),
+        ):
+            with self.subTest(name):
+                run = self.run_tool("generate", "x", "--dry-run", "--json", "--base-url", pasted)
+                plan = self.check(run, 0).json["dry_run"]
+                self.assertEqual(plan["endpoint"], url)
+                self.assertEqual(plan["fields"]["model"], model or "gpt-image-2")
+
+    def test_only_what_was_asked_is_sent(self) -> None:
+        """Issue 14; kyh/vibedgames#182, liliMozi/openhanako#657, lofcz/LLMTornado#155."""
+        api = self.serve_base()
+        for name, more in (("c.png", {}), ("c.jpg", {"output_format": "jpeg"})):
+            api.script.append(json_reply({"data": [{"b64_json": b64(SMALL)}]}))
+            self.check(self.run_tool("generate", "x", "-o", name), 0)
+            sent = {"model": "gpt-image-2", "prompt": "x", **more}
+            self.assertEqual(api.posts[-1].json, sent)
+
+
+class TestUsage(ReadCase):
+    """Usage has the API's names, whatever the server calls its fields."""
+
+    def test_names(self) -> None:
+        image = {"data": [{"b64_json": b64(SMALL)}]}
+        chat = {"prompt_tokens": 54, "completion_tokens": 23, "total_tokens": 77}
+        zero = {**chat, "input_tokens": 0, "output_tokens": 0}
+        gemini = {"promptTokenCount": 54, "candidatesTokenCount": 23, "totalTokenCount": 77}
+        call = {"type": "image_generation_call", "result": b64(SMALL)}
+        done = {"response": {"output": [call], "usage": {"input_tokens": 54, "output_tokens": 23}}}
+        for name, reply in (
+            ("alexrudall/ruby-openai#161", json_reply({**image, "usage": chat})),
+            ("NodeKey: zeros", json_reply({**image, "usage": zero})),
+            ("laravel/ai#457", json_reply({**image, "usageMetadata": gemini})),
+            ("Wei-Shaw/sub2api#4644", event_stream({"type": "response.completed", **done})),
+        ):
+            with self.subTest(name):
+                usage = self.check(self.ask(reply, "--json"), 0).json["usage"]
+                wanted = {"input_tokens": 54, "output_tokens": 23, "total_tokens": 77}
+                self.assertEqual(usage, wanted)

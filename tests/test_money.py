@@ -157,13 +157,15 @@ class Estimates(Case):
                 estimate = self.estimate(line)
                 self.assertEqual((estimate["currency"], estimate["estimated"]), ("USD", True))
                 about, near = tokens * price / 1_000_000, price / 2_000_000
-                self.assertAlmostEqual(estimate["amount"], about, delta=near)
+                self.assertAlmostEqual(estimate["amount"], about, delta=near + 1e-9)
 
     def test_credits_at_openai_hk_and_nothing_where_no_price_is_known(self) -> None:
         known = self.estimate("-s 1024x1024 --quality low --provider openai-hk")
         self.assertEqual((known["currency"], known["estimated"]), ("credits", True))
-        # (1 * 5 + 196 * 40) * 0.071 = 7845 * 0.071 = 556.995
-        self.assertAlmostEqual(known["amount"], 557, delta=1)
+        # (1 * 5 + 275 * 40) * 0.071 = 11005 * 0.071 = 781.355
+        self.assertAlmostEqual(known["amount"], 781.355, 3)
+        medium = self.estimate("--quality medium --provider openai-hk")
+        self.assertAlmostEqual(medium["amount"], (5 + 1056 * 40) * 0.071, 3)
         self.assertIsNone(self.estimate("--provider nodekey"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.case import Case, Run, SystemCase
 from tests.images import png, read_png
-from tests.server import KEY
+from tests.server import KEY, data_url
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -108,6 +108,28 @@ class TestSandboxServer(SystemCase):
         self.assertEqual(len(white.split()), 3)
         listed = [model["id"] for model in json.loads(self.curl(f"{base}/models"))["data"]]
         self.assertIn("gpt-image-2", listed)
+
+    def test_what_curl_can_send(self) -> None:
+        base, url = self.start(), {"image_url": data_url(png(1040, 832))}
+        edit = json.dumps({"prompt": "blue", "images": [url], "model": "gpt-image-2"})
+        chunked = ("-H", "Transfer-Encoding: chunked", "-d", edit)
+        for sent in (("-d", edit), chunked):
+            [item] = json.loads(self.curl(*sent, f"{base}/images/edits"))["data"]
+            self.assertEqual(read_png(b64decode(item["b64_json"])).width, 1040)
+        odd = '{"prompt": "x", "%s": %s}'
+        for name, more in {
+            "length": ("-H", "Content-Length: many", "-d", "{}"),
+            "below 0": ("-H", "Content-Length: -5", "-d", "{}"),
+            "deep": ("-d", "[" * 100_000),
+            "digits": ("-d", odd % ("n", "1" * 5000)),
+            "partials": ("-d", odd % ("partial_images", "1e99")),
+            "list": ("-d", odd % ("size", "[1]")),
+            "images": ("-d", odd % ("images", '[{"image_url": "data:,x"}]')),
+            "boundary": ("-H", "Content-Type: multipart/form-data", "-d", "x"),
+        }.items():
+            with self.subTest(name):
+                error = json.loads(self.curl("-m", "9", *more, f"{base}/images/edits"))["error"]
+                self.assertEqual(error["type"], "invalid_request_error")
 
     def test_by_the_tool(self) -> None:
         base = self.start("--provider", "openai-hk")
