@@ -311,6 +311,30 @@ def remove_the_folder(stage: Stage) -> None:
     shutil.rmtree(stage.work / "out")
 
 
+def remove_the_state(stage: Stage) -> None:
+    shutil.rmtree(stage.state / "gpt-image-2")
+
+
+def waited_for(act: Callable[[Stage], object]) -> Play:
+    """Play the same call twice at once; something happens while the second waits."""
+
+    def play(stage: Stage) -> Run:
+        held = threading.Event()
+        api = stage.serve_base(refusal(401, "invalid_api_key", "No.")._replace(before=held))
+        argv = (*FOX, "-o", "fox.png")
+        first = stage.start_tool(*argv)
+        api.wait_for_request()
+        second = stage.start_tool(*argv)
+        stage.hear(second, "waiting for it")
+        act(stage)
+        run = stage.finish(second)
+        held.set()
+        stage.finish(first)
+        return run
+
+    return play
+
+
 def block_the_folder(stage: Stage) -> None:
     """Put a file where the output folder was; recover finds it away again."""
     remove_the_folder(stage)
@@ -689,6 +713,8 @@ LINKS = [
 
 SYSTEM = [
     row("curl is not installed", Outcome(3, 0), no_curl, "curl"),
+    row("the state folder is removed meanwhile", Outcome(8), meanwhile(remove_the_state), "billed"),
+    row("the same, while the same call waits", Outcome(8), waited_for(remove_the_state), "billed"),
     row("the output folder is removed meanwhile", SAVED, meanwhile(remove_the_folder)),
     row("the output folder becomes a file meanwhile", KEPT, meanwhile(block_the_folder)),
     row("the output folder is read-only", Outcome(2, 0), folder_read_only),
