@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import threading
+from typing import IO
 from unittest import mock
 
 from tests.batches import (
@@ -507,6 +508,29 @@ class Stopped(ResumeCase):
                 self.assertEqual(sent, ["a", "b"] if paced else ["a", "a", "b"])
                 self.assertEqual(set(self.states().values()), {"saved"})
                 shutil.rmtree(self.folder)
+
+
+class Unlocked(ResumeCase):
+    """Where file locks don't work in the batch's folder."""
+
+    def test_a_second_run_on_the_same_machine_is_refused_all_the_same(self) -> None:
+        real = fcntl.flock
+
+        def flock(file: IO[bytes], how: int) -> None:
+            if not file.name.startswith(str(self.folder)):
+                real(file, how)
+
+        self.prompts("a", "b")
+        with mock.patch("fcntl.flock", flock):
+            for argv in (("--shard", "1/2"), ("--shard", "2/2"), ()):
+                run = self.batch(*argv)
+                self.assertRegex(run.err, "warning: .*locks do not work .*second run on another")
+            held = [path.open("rb") for path in (self.state / "gpt-image-2").glob("*.lock")]
+            self.assertEqual(len(held), 3)
+            for file in held:
+                self.addCleanup(file.close)
+                real(file, fcntl.LOCK_EX)
+            self.assertIn("under way in process", self.batch(code=2).err)
 
 
 class Shards(ResumeCase):

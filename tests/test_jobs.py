@@ -6,6 +6,7 @@ stands in the fault table, tests/faults.py; here is what that can't show.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -223,6 +224,26 @@ class TestPlace(JobCase):
         elsewhere.rename(spare.with_name(f"gpt-image-2-{uid + 1}"))
         with mock.patch("os.getuid", return_value=uid + 1):
             check_refused("another user's")
+
+    def test_where_file_locks_do_not_work_there(self) -> None:
+        """They fail, or exclude nobody."""
+        import fcntl
+
+        real = fcntl.flock
+        for name, error in (("fail", OSError(errno.ENOLCK, "No locks available")), ("pass", None)):
+
+            def flock(file: Any, how: int, error: OSError | None = error) -> None:
+                if not file.name.startswith(str(self.state)):
+                    real(file, how)
+                elif error:
+                    raise error
+
+            with self.subTest(name), mock.patch("fcntl.flock", flock):
+                job = self.kept()
+                self.assertEqual((self.jobs(), job.parent.parent.parent), ([], self.tmp / "tmp"))
+                self.serve_base(answer(FIRST))
+                run = self.check(self.run_tool(*FOX), 0)
+                self.assertRegex(run.err, f"warning: .*lock.* {self.state}/.* kept in {self.tmp}")
 
     def test_a_state_folder_that_cannot_be_read_is_not_called_empty(self) -> None:
         self.kept()
