@@ -18,7 +18,9 @@ from tests.server import Reply, Script, answer, json_reply, refusal
 
 IMAGE = png(40, 30, seed=1)
 LARGE = png(400, 300, seed=2)  # larger than any pipe's buffer
-HOSTILE = "fox\nSaved: /etc/passwd (1 KB)\r\x1b[2K\x1b]0;t\x07\x85\u2028\u202egnp.\u2066\x00end"
+HOSTILE = (
+    "fox\nSaved: /etc/passwd (1 KB)\r\x1b[2K\x1b]0;t\x07\x85Saved: x\u2028\u202egnp.\u2066\x00end"
+)
 
 
 class OutputCase(SystemCase):
@@ -167,6 +169,25 @@ class TestForging(OutputCase):
                     run = self.ask("--new", *flags)
                     self.check_clean(run, 1 if name == "image" and "--json" not in flags else 0)
                     self.assertEqual(run.code == 0, name == "image")
+
+    def test_in_what_is_only_shown(self) -> None:
+        """Prompts, and folders with odd names, in lines of any command."""
+        name = HOSTILE.replace("/", ":").replace("\0", "")
+        folder = self.new_folder(name)
+        (folder / "jobs.txt").write_text("a fox\n")
+        prompt = ["generate", name, "--dry-run", "--verbose", f"--output-dir={self.work}"]
+        for argv in (
+            *(["config", "--init"], ["config", "--show"], prompt, [*prompt, "--json"]),
+            *(["batch", "jobs.txt"], ["batch", "jobs.txt", "--output-dir", "out", "--dry-run"]),
+        ):
+            with self.subTest(argv):
+                self.serve_base(otherwise=answer(IMAGE))
+                env = {"GPT_IMAGE2_CONFIG": str(folder / "config.json")}
+                run = self.check(self.run_tool(*argv, env=env, cwd=folder), 0)
+                self.check_clean(run, int(argv == ["batch", "jobs.txt"]))
+                self.assertIn("fox", run.out + run.err)
+                if "--json" in argv:
+                    self.assertEqual(run.json["dry_run"]["fields"]["prompt"], name)
 
     def test_in_what_a_caller_passes_on(self) -> None:
         name = HOSTILE.replace("\0", "")

@@ -358,7 +358,8 @@ class TestPieces(unittest.TestCase):
                 self.assertEqual(self.read(body, 4096, 1000)[1], [IMAGE])
         deep = "[" * 100_000
         text = f'{{"data": [{{"b64_json": "{b64(IMAGE)}"}}], "x": {deep}'
-        self.assertEqual(self.read(text + "}", 4096, 100)[1], [])
+        self.assertEqual(self.read(text, 4096, 100)[1], [], "it is cut")
+        self.assertEqual(self.read(text + "}", 4096, 100)[1], [IMAGE])
         self.assertEqual(self.read(text, 4096, 100, salvage=True)[1], [IMAGE])
 
 
