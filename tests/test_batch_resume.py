@@ -512,6 +512,26 @@ class Stopped(ResumeCase):
                 shutil.rmtree(self.folder)
 
 
+class Links(ResumeCase):
+    """Somebody has put links where a batch keeps its lock and its unfinished files."""
+
+    def test_none_is_followed(self) -> None:
+        self.prompts("a")
+        mine = self.work / "mine"
+        mine.write_bytes(b"mine")
+        self.folder.mkdir()
+        page = self.folder / "results.jsonl.index.html.part"
+        lock = self.folder / "results.lock"
+        for link in (page, lock):
+            link.symlink_to(mine)
+        self.assertIn(str(lock), self.batch(code=2).err)
+        lock.unlink()
+        self.batch()
+        self.assertEqual(mine.read_bytes(), b"mine")
+        self.assertFalse(page.is_symlink())
+        self.assertTrue((self.folder / "index.html").read_bytes())
+
+
 class Unlocked(ResumeCase):
     """Where file locks don't work in the batch's folder."""
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpt_image2
 from tests.case import Argument, Child, Run, SystemCase
 from tests.images import png
 from tests.server import KEY, Api, Reply, answer, b64, json_reply, refusal
@@ -122,6 +123,15 @@ class TestFolder(JobCase):
         release.set()
         run = self.check(self.finish(tool), 0)
         self.assertEqual(self.images(run), ["first", "second", "third"])
+
+    def test_its_files_are_the_owners_whatever_the_umask(self) -> None:
+        path = self.tmp / "new"
+        before = os.umask(0o777)
+        try:
+            gpt_image2.private_file(str(path), b"text")
+        finally:
+            os.umask(before)
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o600)
 
     def test_two_of_one_name(self) -> None:
         """The same request, second and random number: the earlier answer stays untouched."""
