@@ -368,6 +368,7 @@ class TestResumed(JobCase):
         """Sent again with a warning, but not where it goes to the same explicit name."""
         for name, output, code, posts in (
             ("a generated name", (), 0, 2),
+            ("a name, and paid again knowingly", ("-o", "a.png", "--retry-unsafe"), 0, 2),
             ("a name", ("-o", "fox.png"), 8, 1),
         ):
             with self.subTest(name):
