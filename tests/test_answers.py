@@ -102,6 +102,7 @@ class TestShapes(AnswerCase):
             "gzipped, unasked": gzip.compress(plain),
             "gzipped in two members": gzip.compress(plain[:99]) + gzip.compress(plain[99:]) + b"\0",
             "deflated": zlib.compress(plain),
+            "deflated, without a header": zlib.compress(plain)[2:-4],
         }
         first, second = completed_event(SMALL), completed_event(LARGE, kind="image_edit")
         replies = {

@@ -121,6 +121,7 @@ class TestSandboxServer(SystemCase):
             "length": ("-H", "Content-Length: many", "-d", "{}"),
             "below 0": ("-H", "Content-Length: -5", "-d", "{}"),
             "deep": ("-d", "[" * 100_000),
+            "UTF-16": ("-d", "\xff\xfe{"),
             "digits": ("-d", odd % ("n", "1" * 5000)),
             "partials": ("-d", odd % ("partial_images", "1e99")),
             "list": ("-d", odd % ("size", "[1]")),
@@ -130,6 +131,8 @@ class TestSandboxServer(SystemCase):
             with self.subTest(name):
                 error = json.loads(self.curl("-m", "9", *more, f"{base}/images/edits"))["error"]
                 self.assertEqual(error["type"], "invalid_request_error")
+                self.assertRegex(error["code"], "^(invalid|missing)_[a-z]+$")
+                self.assertNotIn("invalid", error["param"])
 
     def test_by_the_tool(self) -> None:
         base = self.start("--provider", "openai-hk")
