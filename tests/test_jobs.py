@@ -430,6 +430,18 @@ class TestResumed(JobCase):
                 self.assertEqual(self.listing(), ["fox.png"])
                 (self.work / "fox.png").unlink()
 
+    def test_one_call_at_a_time_looks_for_a_job_and_makes_one(self) -> None:
+        lock, real, held = str(self.state / "gpt-image-2" / "lock"), gpt_image2.write_record, []
+
+        def write_record(*parts: Any) -> None:
+            held.append(gpt_image2.is_locked(lock))
+            real(*parts)
+
+        self.serve_base(answer(FIRST))
+        with mock.patch("gpt_image2.write_record", write_record):
+            self.check(self.run_tool(*FOX, "-o", "fox.png"), 0)
+        self.assertEqual(held, [True])
+
     def test_a_list_hides_no_job(self) -> None:
         """Whoever looks whether a job is under way keeps nobody from taking it over."""
         import fcntl
