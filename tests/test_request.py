@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -322,6 +323,31 @@ class TestFiles(RequestCase):
             for name in ("wrong.svg", "none"):
                 (part,) = self.uploads(self.put(name, data), "x")
                 self.assertEqual((part.content_type, part.body), (f"image/{kind}", data))
+
+    def test_images_from_pipes_are_kept_with_the_job(self) -> None:
+        fifos = [self.work / name for name in ("one", "two")]
+        for fifo, data in zip(fifos, (ONE, CLEAR)):
+            os.mkfifo(fifo)
+            threading.Thread(target=fifo.write_bytes, args=(data,), daemon=True).start()
+        parts = self.uploads("one", "x", "--mask", "two")
+        self.assertEqual([part.body for part in parts], [ONE, CLEAR])
+        parts = self.sent("edit", "-", "b.png", "x", stdin=THREE).uploads
+        self.assertEqual([part.body for part in parts], [THREE, TWO])
+        self.check(self.run_tool("edit", "-", "x", stdin=b""), 2)
+        (self.work / "jobs.jsonl").write_text('{"prompt": "x", "images": ["one"], "n": 1}')
+        self.assertIn("one is a pipe", self.check(self.run_tool("batch", "jobs.jsonl"), 2).err)
+
+    def test_a_photo_that_exif_turns_counts_as_shown(self) -> None:
+        little = b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0%c\0\0\0\0\0\0\0"
+        big = b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0%c\0\0\0\0\0\0"
+        for exif in (little, big):
+            for value, (width, height) in ((1, (64, 48)), (6, (48, 64)), (8, (48, 64))):
+                with self.subTest(exif, value=value):
+                    self.put("photo.jpg", jpeg(64, 48, exif=exif % value))
+                    run = self.run_tool("edit", "photo.jpg", "x", "--mask-box", "1,2,3,4")
+                    self.assertEqual("turned by its EXIF" in self.check(run, 0).err, value > 1)
+                    mask = read_png(self.api.posts[-1].uploads[1].body)
+                    self.assertEqual((mask.width, mask.height), (width, height))
 
     def test_the_mask_box_is_clear_and_all_else_is_opaque(self) -> None:
         self.put("photo.jpg", jpeg(64, 48))
