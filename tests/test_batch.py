@@ -89,7 +89,7 @@ class JobsFiles(BatchCase):
             ("a.csv", "a fox in snow\na goose\n", "names no column prompt: a fox in snow;"),
             ("a.csv", "prompt,zise\nx,1K\n", "row 2: 'zise' is not an option"),
             ("a.csv", "prompt,n\nx,2,3\n", "row 2 has 3 cells for 2 columns"),
-            ("a.csv", "prompt,images\nx,[1\n", "images: [1"),
+            ("a.csv", "prompt,images\nx,[1\n", "[1 does not exist"),
             ("a.tsv", "prompt\nx\xff\n", "not UTF-8"),
         ):
             (self.work / name).write_text(text, encoding="latin-1")

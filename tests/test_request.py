@@ -595,6 +595,11 @@ class TestRules(RequestCase):
         self.check(self.run_tool("batch", "~/p.txt"), 0)
         self.assertFalse((self.work / "~").exists())
 
+    def test_nodekey_takes_any_number_and_no_image_means_one(self) -> None:
+        for asked, sent in ((0, 1), (11, 11), (64, 64)):
+            found = self.planned(f"generate x -n {asked} --provider nodekey")["dry_run"]["fields"]
+            self.assertEqual(found["n"], sent)
+
     def test_refused_everywhere(self) -> None:
         for line, phrase in REFUSED.items():
             with self.subTest(line):
