@@ -55,6 +55,7 @@ FOX = ("generate", "a fox")
 FOXES = (*FOX, "--n", "3")
 INT, TERM = signal.SIGINT, signal.SIGTERM
 HUP, KILL = (getattr(signal, f"SIG{name}", TERM) for name in ("HUP", "KILL"))
+RELAY, ODD = "https://relay.example/v1", "odd://fox:secret@h"
 BRIEF = ("--timeout", "1")
 ONCE = ("--retries", "0")
 
@@ -659,7 +660,8 @@ CONNECTIONS = [
     row("no answer to the TLS handshake", SENT_NOTHING, nowhere(silent_port, *IMPATIENT), UNSENT),
     row("https to a plain port", SENT_NOTHING, nowhere(https_to_plain), UNSENT),
     row("certificate that nobody vouches for", SENT_NOTHING, nowhere(tls_port), UNSENT),
-    row("proxy down", SENT_NOTHING, nowhere("https://relay.example/v1", proxy=closed_port), UNSENT),
+    row("proxy down", SENT_NOTHING, nowhere(RELAY, proxy=closed_port), UNSENT),
+    row("proxy of an odd kind, with a login", SENT_NOTHING, nowhere(RELAY, proxy=ODD), "****@h"),
     row("closed without a byte", UNKNOWN, Reply(silent=True), "billed"),
     row("reset without a byte", UNKNOWN, Reply(reset=True), "billed"),
     row("garbage instead of HTTP", UNKNOWN, Reply(raw=b"SSH-2.0-Server_9.2\r\n"), "billed"),

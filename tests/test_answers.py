@@ -9,11 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import random
 import re
 import shutil
 import socket
-import sys
 import threading
 import zlib
 from pathlib import Path
@@ -22,8 +20,8 @@ from unittest import mock
 from urllib.parse import quote
 
 import gpt_image2
-from tests.case import SCRIPT, Case, Run, SystemCase
-from tests.images import jpeg, png, png_chunk, svg
+from tests.case import Case, Run, SystemCase
+from tests.images import jpeg, png, svg
 from tests.server import (
     KEY,
     OPENAI_USAGE,
@@ -104,6 +102,7 @@ class TestShapes(AnswerCase):
             "gzipped, unasked": gzip.compress(plain),
             "gzipped in two members": gzip.compress(plain[:99]) + gzip.compress(plain[99:]) + b"\0",
             "deflated": zlib.compress(plain),
+            "deflated, without a header": zlib.compress(plain)[2:-4],
         }
         first, second = completed_event(SMALL), completed_event(LARGE, kind="image_edit")
         replies = {
@@ -218,7 +217,10 @@ class TestRetries(AnswerCase):
             return Reply(silent=True)
 
         api = self.serve_base(refusal(429, None, "Wait.", headers=[("Retry-After", "0")]), second)
-        error = self.check(self.run_tool("generate", "a fox", "--json"), 8).json
+        run = self.check(self.run_tool("generate", "a fox", "--json"), 8)
+        waits = "HTTP 429 invalid_request_error: Wait; waiting 0 s, then trying again (1 of 2)"
+        self.assertEqual(run.err.splitlines()[0], waits)
+        error = run.json
         self.assertEqual((left, error["recover_id"], error["http_status"]), ([b""], None, None))
         self.assertNotIn("Wait", error["error"]["message"])
         self.assertEqual(error["attempts"], 2)
@@ -286,10 +288,11 @@ class TestDownloads(LinkCase):
 
     def test_a_download_carries_no_key(self) -> None:
         host = self.serve()
-        self.configure(headers={"X-Team": "secret-team"})
+        self.env["GPT_IMAGE2_HEADERS"] = '{"X-Team": "secret-team"}'
         links = (host.put("/a.png", SMALL), "/b.png")
         self.check_saved(self.follow(*links, files={"/b.png": file_reply(LARGE)}), SMALL, LARGE)
-        self.assertEqual(self.api.posts[0].headers["authorization"], f"Bearer {KEY}")
+        sent = self.api.posts[0].headers
+        self.assertEqual((sent["authorization"], sent["x-team"]), (f"Bearer {KEY}", "secret-team"))
         self.check_keyless(host, self.api)
         for api in (host, self.api):
             self.assertNotIn("secret-team", str(api.gets[0]))
@@ -410,6 +413,26 @@ class TestPlaces(LinkCase):
             self.check_saved(self.follow(url, files={url: file_reply(SMALL)}, api=api), SMALL)
         self.check_keyless(api)
 
+    def test_only_the_proxy_of_this_very_link_counts(self) -> None:
+        """Another name's, or another scheme's, looks nothing up; curl goes where we think."""
+        url = "http://cdn.example/a.png"
+        for env, proxied in (
+            ({"all_proxy": "{}", "https_proxy": "http://a.invalid"}, True),
+            ({"http_proxy": "{}", "no_proxy": "a.example cdn.example"}, True),  # curl's way
+            ({"GPT_IMAGE2_PROXY": "{}", "no_proxy": "images.example"}, True),
+            ({"https_proxy": "{}"}, False),
+            ({"http_proxy": "{}", "no_proxy": "a.example,.cdn.example"}, False),
+            ({"ALL_PROXY": "{}", "NO_PROXY": "*"}, False),
+            ({"GPT_IMAGE2_PROXY": "{}", "no_proxy": "example"}, False),
+        ):
+            with self.subTest(env), mock.patch("socket.getaddrinfo", looked_up("10.0.0.1")):
+                api = self.serve_base()
+                variables = {name: text.format(api.origin) for name, text in env.items()}
+                with mock.patch.dict(self.env, variables):
+                    run = self.follow(url, files={url: file_reply(SMALL)}, api=api)
+                self.check(run, 0 if proxied else 10)
+                self.assertEqual(bool(api.gets), proxied)
+
     def test_allow_private(self) -> None:
         api = self.behind_proxy()
         run = self.follow(api.put("/a.png", SMALL), api=api)
@@ -429,10 +452,10 @@ class TestPlaces(LinkCase):
     def test_a_name_leads_to_the_address_that_was_checked(self) -> None:
         """Nobody looks it up once more, as what is said then may be another address."""
         self.wrap_curl(REROUTED)
-        for address in ("8.8.8.8", "2606:4700::1111"):
+        for address, dot in (("8.8.8.8", ""), ("2606:4700::1111", ""), ("8.8.8.8", ".")):
             with self.subTest(address), mock.patch("socket.getaddrinfo", looked_up(address)):
                 api = self.serve_base()
-                url = f"http://cdn.invalid:{api.port}/a.png"
+                url = f"http://cdn.invalid{dot}:{api.port}/a.png"
                 run = self.follow(url, files={"/a.png": file_reply(SMALL)}, api=api)
                 self.check_saved(run, SMALL)
                 self.assertEqual(api.gets[0].headers["host"], f"cdn.invalid:{api.port}")
@@ -584,39 +607,3 @@ class TestStreams(SystemCase):
         self.assertEqual(old.read_bytes(), b"old")
         run = self.check(self.run_tool(*self.words, "--force", "--quiet"), 0)
         self.assertEqual((old.read_bytes(), run.err), (EARLY, ""))
-
-
-# Between this process, whose own memory a child starts with, and the tool.
-MEASURED = """
-import resource, subprocess, sys
-code = subprocess.call([sys.executable, {script!r}, *sys.argv[1:]])
-with open({report!r}, "w") as file:
-    file.write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
-sys.exit(code)
-"""
-
-
-class TestMemory(Case):
-    """Memory doesn't grow with the answer, a preview, or a download."""
-
-    def test_large_images_take_no_more_than_small_ones(self) -> None:
-        noise = random.Random(1).getrandbits(80_000_000).to_bytes(10_000_000, "big")
-        large = SMALL[:-12] + png_chunk(b"noIs", noise) + SMALL[-12:]
-        small = self.peak(SMALL)
-        self.assertLess(self.peak(large), min(64 << 20, small + (8 << 20)))
-
-    def peak(self, image: bytes) -> int:
-        """Return the bytes that the tool takes at most for an image in each of three ways."""
-        report, self.script = self.tmp / "peak", self.tmp / "measured.py"
-        self.script.write_text(MEASURED.format(script=str(SCRIPT), report=str(report)))
-        entry = b'{"b64_json": "' + b64(image).encode() + b'"}'
-        in_json = Reply(200, b'{"data": [' + b",".join([entry] * 4) + b"]}")
-        in_stream = event_stream(partial_event(image), completed_event(image))
-        most = 0
-        for reply in (in_json, in_stream, answer("/a.png")):
-            api = self.serve_base(reply)
-            api.put("/a.png", image)
-            run = self.check(self.run_tool("generate", "a fox", "--partial-images", "1"), 0)
-            self.assertEqual(contents(run.saved[-1:]), [image])
-            most = max(most, int(report.read_text()))
-        return most * (1 if sys.platform == "darwin" else 1024)

@@ -373,14 +373,19 @@ class Saving(BatchCase):
         self.assertIn(str(self.folder), self.refused(env=none).err)
 
     def test_the_sandbox_is_a_world_of_its_own(self) -> None:
-        self.write({"prompt": "a"}, {"prompt": "b", "n": 2, "id": "fox"})
+        lines = {"prompt": "c", "output": "sub/c.png"}, {"prompt": "d", "output": "."}
+        self.write({"prompt": "a"}, {"prompt": "b", "n": 2, "id": "fox"}, *lines)
         run = self.batch("--sandbox")
         self.no_request(self.api)
-        names = ("0001-sandbox.png", "fox-sandbox-1.png", "fox-sandbox-2.png")
-        self.assertEqual(sorted(run.saved), [self.work / "jobs-sandbox" / name for name in names])
-        for argv, saved in ((("--sandbox",), 3), ((), 3), (("--sandbox",), 0), ((), 0)):
+        names = ("0001-sandbox.png", "fox-sandbox-1.png", "fox-sandbox-2.png", "sub/c-sandbox.png")
+        found = {path for path in run.saved if not path.name.startswith("20")}
+        self.assertEqual(found, {self.work / "jobs-sandbox" / name for name in names})
+        self.assertEqual({path.stem[-8:] for path in set(run.saved) - found}, {"-sandbox"})
+        for argv, saved in ((("--sandbox",), 5), ((), 5), (("--sandbox",), 0), ((), 0)):
             self.assertEqual(len(self.batch("--output-dir", "one", *argv).saved), saved)
-        self.assertEqual(self.posted(), ["a", "b"], "its images are not taken for real ones")
+        self.assertEqual(
+            self.posted(), ["a", "b", "c", "d"], "its images are not taken for real ones"
+        )
 
 
 class Said(BatchCase):

@@ -35,7 +35,7 @@ EVERY_CALL = [
 ALLOWED = """
     silent show-error globoff http1.1 proto connect-timeout max-time keepalive-time noproxy proxy
     user-agent url write-out header cacert no-buffer data-binary form form-string output dump-header
-    compressed fail speed-limit speed-time continue-at max-filesize resolve
+    compressed fail speed-limit speed-time continue-at max-filesize resolve limit-rate
 """
 
 

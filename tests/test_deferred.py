@@ -451,6 +451,21 @@ class Ends(DeferredCase):
         self.check_batches(generations=2)
         self.check_images("job 1", "job 3", "job 4", "job 5", "job 6")
 
+    def test_an_echo_of_the_key_in_any_of_its_answers_is_not_shown(self) -> None:
+        self.api.result = answers(job_1=refused(400, "x", f"Wrong: {KEY}."), job_2=None)
+        self.submitted(2)
+        said = ""
+        for what in (CHECK, STATE):
+            self.api.order(what, refusal(400, None, f"Wrong: {KEY}."))
+            said += self.batch(code=1).err
+        errors = {"data": [{"message": f"Wrong: {KEY}."}]}
+        self.api.batches["batch_0"].update(errors=errors)
+        self.api.end(status="failed")
+        said += str(self.batch(code=1))
+        noted = str(self.lines())
+        self.assertEqual((said.count("Wrong: ****"), noted.count("Wrong: ****")), (4, 2))
+        self.assertEqual((self.files_with(KEY), KEY in said), ([], False))
+
     def test_a_batch_without_any_file(self) -> None:
         errors = {"data": [{"code": "x", "message": "Enqueued token limit.", "line": None}]}
         self.submitted(2)

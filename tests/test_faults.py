@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import unittest
-from typing import Any, Callable
+from typing import Callable
 
+from tests.case import Run
 from tests.faults import FAULTS, Fault, Outcome, Stage, markdown_row
 
 
@@ -25,10 +26,11 @@ class TestFaults(Stage):
         if fault.outcome.recover is None:
             self.assertNotIn("Recover: ", seen.run.err, story)
         if seen.run.out.startswith("{"):
-            self.check_document(fault, seen.run.json)
+            self.check_document(fault, seen.run)
 
-    def check_document(self, fault: Fault, document: Any) -> None:
+    def check_document(self, fault: Fault, run: Run) -> None:
         """Compare a row with the document that --json prints."""
+        document = run.json
         error, code = document["error"], fault.outcome.exit
         self.assertEqual(document["ok"], code == 0)
         if code == 0:
@@ -39,6 +41,13 @@ class TestFaults(Stage):
         self.assertEqual(error["maybe_billed"], code == 8, error)
         if fault.outcome.recover is None:
             self.assertIsNone(document["recover_id"])
+        if code == 8:
+            kept = document["recover_id"]
+            hint = f"run recover {kept} first" if kept else "no byte came, nothing to recover; "
+            self.assertEqual(error["hint"][: len(hint)], hint)
+            self.assertIn(error["hint"], run.err)
+            self.assertEqual("\nRecover: " in run.err, bool(kept), run)
+            self.assertEqual("sends a" in error["hint"], not kept, run)
 
 
 def test_name(fault: Fault) -> str:

@@ -424,7 +424,7 @@ class TestChoosing(JobCase):
     def test_the_last(self) -> None:
         self.assertEqual(self.recover("--json").json["jobs"], [])
         self.assertIn("no unfinished", self.recover().err)
-        self.assertIn("no unfinished", self.recover("--last", code=10).err)
+        self.assertIn("no unfinished", self.recover("--last").err)
         for first, second in ((FIRST, THIRD), (SECOND, THIRD), (THIRD, FIRST)):
             reply = answer(first, second)
             self.kept(reply._replace(cut=reply.body.index(b64(second).encode()) + 99))
@@ -444,6 +444,53 @@ class TestChoosing(JobCase):
             api.put(f"/{name}.png", image)
             self.assertEqual(self.images(self.recover("--all", code=code)), [NAMES[image]])
         self.assertEqual(self.jobs(), [])
+
+    def test_each_image_once(self) -> None:
+        """A job of which no more can come is named, left alone by --all, and removed by its id."""
+        rescued = self.work / "rescued"
+        for where in (("-o", "rescued/"), ("--output-dir", "rescued")):
+            job, other = self.kept(), self.kept(SILENT)
+            (other / "response.json").write_bytes(b"{}")
+            run = self.recover(job.name, *where, code=9)
+            self.assertIn(f"no more can come of it; recover --clean {job.name} removes it", run.err)
+            again = self.recover(job.name, *where, code=9)
+            self.assertEqual((again.saved, len(self.listing(rescued))), (run.saved, 2))
+            self.assertRegex(self.recover().out, f"{job.name}  recovered ")
+            told = self.recover("--all", code=10).err
+            self.assertIn(f"recover --clean {other.name} removes it", told)
+            self.assertNotIn(job.name, told)
+            self.recover("--clean", "nonsense", code=10)
+            self.assertEqual(
+                self.recover("--clean", other.name, "--json").json["removed"], [other.name]
+            )
+            self.assertIn("nothing more can come of 1 job", self.recover("--all").err)
+            self.recover("--clean", "--older-than", "0s")
+            self.assertEqual(self.jobs(), [])
+            shutil.rmtree(rescued)
+
+    def test_one_shape_of_every_document(self) -> None:
+        jobs = [
+            self.kept().name,
+            self.kept(CUT._replace(cut=CUT.body.index(b64(SECOND).encode()))).name,
+        ]
+        for argv, code, counts in (
+            ((), 0, [0, 0]),
+            (("--all",), 9, [2, 1]),
+            (jobs, 9, [2, 1]),
+            ((jobs[0],), 9, [2]),
+            (("--last",), 0, []),
+            (("--clean",), 0, []),
+        ):
+            with self.subTest(argv):
+                document = self.recover(*argv, "--json", code=code).json
+                self.assertEqual([len(job["images"]) for job in document["jobs"]], counts)
+                self.assertEqual(
+                    document["images"], [one for job in document["jobs"] for one in job["images"]]
+                )
+                self.assertEqual([job["id"] for job in document["jobs"]], jobs[: len(counts)])
+                for job in document["jobs"]:
+                    self.assertEqual((job["command"], job["prompt"]), FOX)
+                    self.assertEqual(job["error"] and job["error"]["exit_code"], code or None)
 
     def test_an_unknown_id(self) -> None:
         self.kept()

@@ -130,6 +130,7 @@ class TestImages(ReadCase):
         self.no_request(host)
 
     def test_a_link_that_only_the_relay_can_see(self) -> None:
+        """Issue 14; chenyme/grok2api#640, xtekky/gpt4free#2740."""
         closed = self.serve()
         closed.close()
         api = self.serve_base(json_reply({"data": [{"url": f"{closed.origin}/img/a.png"}]}))
@@ -348,6 +349,18 @@ class TestPasted(ReadCase):
                 "",
             ),
             (
+                "MicrosoftDocs/azure-docs#114602",
+                f"{azure}/openai/deployments/d/completions?api-version=2023-05-15",
+                azure + v1,
+                "d",
+            ),
+            (
+                "OpenBMB/ChatDev#191",
+                f"{azure}/openai/deployments/my_gpt35turbo?api-version=2023-05-15",
+                azure + v1,
+                "my_gpt35turbo",
+            ),
+            (
                 "an endpoint",
                 "relay.invalid/v1/chat/completions",
                 "https://relay.invalid/v1/images/generations",
@@ -390,6 +403,10 @@ class TestUsage(ReadCase):
             ("alexrudall/ruby-openai#161", json_reply({**image, "usage": chat})),
             ("NodeKey: zeros", json_reply({**image, "usage": zero})),
             ("laravel/ai#457", json_reply({**image, "usageMetadata": gemini})),
+            (
+                "prism-php/prism#583",
+                json_reply({**image, "usage": {"prompt_tokens": 54, "output_tokens": 23}}),
+            ),
             ("Wei-Shaw/sub2api#4644", event_stream({"type": "response.completed", **done})),
         ):
             with self.subTest(name):

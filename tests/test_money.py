@@ -31,12 +31,15 @@ class Costs(Case):
     mine = {"text_in": 10, "image_in": 1, "out": 20}  # 6 * 10 + 275 * 20 = 5560
 
     def ask(self, words: str, usage: Json = OPENAI_USAGE, litellm: str = "") -> Run:
-        """Run generate with these words, against a server that answers with this usage."""
+        """Run generate with these words, against a server that answers with this usage; return the
+        document of one call and what another says, as with --json stderr says nothing of it."""
         reply = answer(IMAGE, usage=usage)
         header = [("x-litellm-response-cost", litellm)] if litellm else []
-        self.serve_base(reply._replace(headers=[*reply.headers, *header]))
-        argv = ("generate", "x", "--json", "--provider", *words.split())
-        return self.check(self.run_tool(*argv), 0)
+        self.serve_base(*[reply._replace(headers=[*reply.headers, *header])] * 2)
+        argv = ("generate", "x", "--provider", *words.split())
+        told, run = (self.check(self.run_tool(*argv, *more), 0) for more in ((), ("--json",)))
+        self.assertNotRegex(run.err, "(?m)^(POST|Job|HTTP|.*tokens)")
+        return run._replace(err=told.err.splitlines()[-1])
 
     def check_cost(self, run: Run, amount: float | None, currency: str, said: str = "") -> None:
         """Assert the cost in the document, which is no estimate, and the line on stderr."""
@@ -47,7 +50,7 @@ class Costs(Case):
         else:
             self.assertAlmostEqual(cost["amount"], amount, places=9)
             self.assertEqual({**cost, "amount": 0}, {**COST, "amount": 0, "currency": currency})
-        self.assertIn(f"\n{said}\n" if said else "", run.err)
+        self.assertIn(said, run.err)
 
     def test_of_each_provider(self) -> None:
         """Checked by hand; the prices are those of a million tokens."""
@@ -80,12 +83,13 @@ class Costs(Case):
         table: list[tuple[str, Json, str, float | None, str]] = [
             ("openai", OPENAI_USAGE, "", 0.00828, "281 tokens, $0.0083"),
             ("openai-hk", OPENAI_USAGE, "", 783.13, "281 tokens, 783 credits"),
-            ("generic", OPENAI_USAGE, "", None, "281 tokens"),
+            ("generic", OPENAI_USAGE, "", None, "281 tokens, no price is known for this server"),
             ("generic", OPENAI_USAGE, "1.5e-05", 0.000015, "281 tokens, $0.0000"),
             ("generic", OPENAI_USAGE, "None", None, "281 tokens"),
             ("generic", OPENAI_USAGE, "-1", None, "281 tokens"),
             ("generic", {}, "0.0421", 0.0421, "$0.0421"),
-            ("openai", {}, "", None, ""),
+            ("generic", {}, "", None, "no price is known for this server"),
+            ("openai", {}, "", None, "the server told no tokens"),
         ]
         for provider, usage, litellm, amount, said in table:
             with self.subTest(provider, usage=usage, litellm=litellm):
@@ -209,7 +213,7 @@ class RecordCase(Case):
     def totals(self) -> list[tuple[int, int, float]]:
         """Return calls, images and amount of each row of the history's totals."""
         rows = self.history()["totals"]
-        return [(row["calls"], row["pictures"], round(row["amount"], 6)) for row in rows]
+        return [(row["calls"], row["pictures"], round(row["amount"] or 0, 6)) for row in rows]
 
 
 class Lines(RecordCase):
@@ -305,8 +309,11 @@ class History(RecordCase):
         self.assertNotRegex(run.out, "[\x00-\x09\x0b-\x1f]")
         lines = run.out.splitlines()
         first = r"\d{4}-\d\d-\d\dT.* gpt-image-2 .*1024x1024.*low.*\$0\.0083.*a fox.*in the snow"
-        self.assertRegex(lines[0], first)
-        totals = "\n".join(lines[4:])
+        self.assertRegex(lines[0], "^time  model  size  .*price")
+        self.assertRegex(lines[1], first)
+        self.assertEqual(lines[4:6], ["  /tmp/a.png", "  /tmp/b.png"])
+        totals = "\n".join(lines[10:])
+        self.assertEqual([row["amount"] for row in self.history()["totals"]][2:], [None])
         self.assertRegex(totals, r"gpt-image-2\b(?!\.).*\b3 images.*\b2 calls.*\$0\.0166")
         self.assertRegex(totals, r"gpt-image-2\b(?!\.).*\b1 image.*\b1 call.*783 credits")
         self.assertRegex(totals, r"gpt-image-2\.6-flare.*\b1 image.*\b1 call")
@@ -328,7 +335,8 @@ class History(RecordCase):
 
     def test_none_and_cleared(self) -> None:
         for argv in ((), ("--clear",), ("--clear",), ()):
-            self.check(self.run_tool("history", *argv), 0)
+            run = self.check(self.run_tool("history", *argv), 0)
+            self.assertEqual((run.out, run.err), ("", "nothing yet\n"))
             document = self.history()
             self.assertEqual((document["entries"], document["totals"]), ([], []))
             if not argv:

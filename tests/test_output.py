@@ -18,7 +18,9 @@ from tests.server import Reply, Script, answer, json_reply, refusal
 
 IMAGE = png(40, 30, seed=1)
 LARGE = png(400, 300, seed=2)  # larger than any pipe's buffer
-HOSTILE = "fox\nSaved: /etc/passwd (1 KB)\r\x1b[2K\x1b]0;t\x07\x85\u2028\u202egnp.\u2066\x00end"
+HOSTILE = (
+    "fox\nSaved: /etc/passwd (1 KB)\r\x1b[2K\x1b]0;t\x07\x85Saved: x\u2028\u202egnp.\u2066\x00end"
+)
 
 
 class OutputCase(SystemCase):
@@ -137,6 +139,23 @@ class TestDocument(OutputCase):
                 self.assertEqual(run.json["error"]["exit_code"], 2)
 
 
+class TestWarnings(OutputCase):
+    """Those on stderr are in the document too; what else the document says is not on stderr."""
+
+    def test_both_say_the_same(self) -> None:
+        for options, words in (
+            (("-s", "3840x2160"), "experimental"),
+            (("-s", "1920x1080", "--nearest-size"), "taking 1920x1088"),
+            (("-m", "gpt-image-9"), "gpt-image-9"),
+        ):
+            with self.subTest(options):
+                run = self.asked("--json", *options)
+                lines = run.err.splitlines()
+                warnings = [f"gpt-image2: warning: {text}" for text in run.json["warnings"]]
+                self.assertEqual(lines, warnings)
+                self.assertIn(words, run.err)
+
+
 class TestForging(OutputCase):
     """No server can put a line of its own among ours, or steer a terminal."""
 
@@ -167,6 +186,25 @@ class TestForging(OutputCase):
                     run = self.ask("--new", *flags)
                     self.check_clean(run, 1 if name == "image" and "--json" not in flags else 0)
                     self.assertEqual(run.code == 0, name == "image")
+
+    def test_in_what_is_only_shown(self) -> None:
+        """Prompts, and folders with odd names, in lines of any command."""
+        name = HOSTILE.replace("/", ":").replace("\0", "")
+        folder = self.new_folder(name)
+        (folder / "jobs.txt").write_text("a fox\n")
+        prompt = ["generate", name, "--dry-run", "--verbose", f"--output-dir={self.work}"]
+        for argv in (
+            *(["config", "--init"], ["config", "--show"], prompt, [*prompt, "--json"]),
+            *(["batch", "jobs.txt"], ["batch", "jobs.txt", "--output-dir", "out", "--dry-run"]),
+        ):
+            with self.subTest(argv):
+                self.serve_base(otherwise=answer(IMAGE))
+                env = {"GPT_IMAGE2_CONFIG": str(folder / "config.json")}
+                run = self.check(self.run_tool(*argv, env=env, cwd=folder), 0)
+                self.check_clean(run, int(argv == ["batch", "jobs.txt"]))
+                self.assertIn("fox", run.out + run.err)
+                if "--json" in argv:
+                    self.assertEqual(run.json["dry_run"]["fields"]["prompt"], name)
 
     def test_in_what_a_caller_passes_on(self) -> None:
         name = HOSTILE.replace("\0", "")
@@ -396,6 +434,13 @@ class TestStreams(OutputCase):
                     self.assertEqual((found, self.jobs()), ({IMAGE, LARGE}, []))
                     if name.startswith("stderr"):
                         self.assertEqual(len(run.out.splitlines()), 1 if flags else 2)
+
+    def test_what_nobody_reads_is_no_fault(self) -> None:
+        """As in `| head`; a full disk is one."""
+        for name in self.bends("stdout"):
+            with self.subTest(name):
+                run = self.check(self.run_tool("sizes"), 0)
+                self.assertEqual("closed or full" in run.err, "reader" not in name, run)
 
     def test_an_error_keeps_its_exit_code_without_streams(self) -> None:
         for name in self.bends():

@@ -398,11 +398,11 @@ class TestDryRun(RequestCase):
     """--dry-run shows what would be sent; it sends and creates nothing."""
 
     generate = (
-        *("generate", "a \"fox\"\n$HOME `id` 'x'", "-s", "story@2K", "-n", "2"),
+        *("generate", "a \"fox\"\n$HOME `id` \\'x'\x1b[1m", "-s", "story@2K", "-n", "2"),
         *("--param", "a.b=[1]", "-o", "new/fox.webp"),
     )
     edit = (
-        *("edit", "a.png", "b.png", "a \"fox\"; $HOME `id` 'x'", "--mask-box", "1,2,3,4"),
+        *("edit", "a.png", "b.png", "é \"fox\"; $MY_WORD 'x'\x1b[1m\r\n", "--mask-box", "1,2,3,4"),
         *("-f", "svg", "--svg-model", "m", "-o", "fox.svg"),
     )
 
@@ -412,6 +412,7 @@ class TestDryRun(RequestCase):
         run = self.check(self.run_tool(*argv, "--dry-run"), 0)
         self.assertEqual((self.api.connections, self.world()), before)
         self.assertNotIn(KEY[5:-4], run.out + run.err)
+        self.assertTrue((run.out + run.err).replace("\n", "").isprintable(), run)
         return run
 
     def test_the_document_is_what_is_then_really_sent(self) -> None:
@@ -436,15 +437,20 @@ class TestDryRun(RequestCase):
                 self.assertEqual([p for p in shown["paths"] if not os.path.exists(p)], [])
 
     def test_the_verbose_curl_line_can_be_pasted(self) -> None:
-        """The line, with the key from the environment, sends what the tool sends."""
-        for argv, name in ((self.generate, "new/fox-2.webp"), (self.edit, "fox.svg")):
+        """It sends what the tool sends, with the key from the variable that holds it."""
+        for argv, name, variable in (
+            (self.generate, "new/fox-2.webp", "GPT_IMAGE2_API_KEY"),
+            (self.edit, "fox.svg", "MY_WORD"),
+        ):
             with self.subTest(argv[0]):
+                self.configure(base_url=self.api.base_url, api_key_env=variable)
+                self.env[variable] = self.env.pop("GPT_IMAGE2_API_KEY")
                 run = self.dry_run(*argv, "--verbose")
                 for fact in ("/v1/images/", "gpt-image-2", "estimate", str(self.work / name)):
-                    self.assertIn(fact, run.out.partition("curl -q")[0])
-                line = re.search(r"(?ms)^(printf %s \S+ \| base64 -d \| )?curl -q .*", run.out)
+                    self.assertIn(fact, run.out.partition("mkdir")[0])
+                line = re.search(r"(?ms)^mkdir .*", run.out)
                 assert line, self.story(run)
-                self.assertIn("$GPT_IMAGE2_API_KEY", line[0])
+                self.assertIn(f'"Authorization: Bearer ${variable}"', line[0])
                 command = ["sh", "-c", f"({line[0]}) >/dev/null"]
                 subprocess.run(command, env=self.env, cwd=self.work, check=True)
                 pasted, real = self.api.posts[-1], self.sent(*argv)

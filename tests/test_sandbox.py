@@ -52,8 +52,11 @@ class TestSandboxFlag(Case):
         self.env.update(dict.fromkeys(proxies, NOBODY), OPENAI_API_KEY=KEY)
         for base in ("https://no.such.example", NOBODY):
             with self.subTest(base):
-                run = self.sandbox(f"generate fox --json --size portrait --base-url {base}")
+                run = self.sandbox(f"generate fox --size portrait --base-url {base}")
                 self.assertRegex(run.err, r"(?m)^POST http://127\.0\.0\.1:\d+/v1/images")
+                self.assertRegex(run.err, r"\d+ tokens, sandbox: no cost\n\Z")
+                run = self.sandbox(f"generate fox --json --size portrait --base-url {base}")
+                self.assertEqual(run.err, "")
                 self.assertEqual((run.json["sandbox"], run.json["cost"]), (True, None))
         self.assertNotRegex(str(self.listing(self.state)), "history.jsonl|jobs/")
         self.assertIn("200", self.sandbox("config --check").out)
@@ -121,6 +124,7 @@ class TestSandboxServer(SystemCase):
             "length": ("-H", "Content-Length: many", "-d", "{}"),
             "below 0": ("-H", "Content-Length: -5", "-d", "{}"),
             "deep": ("-d", "[" * 100_000),
+            "UTF-16": ("-d", "\xff\xfe{"),
             "digits": ("-d", odd % ("n", "1" * 5000)),
             "partials": ("-d", odd % ("partial_images", "1e99")),
             "list": ("-d", odd % ("size", "[1]")),
@@ -130,6 +134,8 @@ class TestSandboxServer(SystemCase):
             with self.subTest(name):
                 error = json.loads(self.curl("-m", "9", *more, f"{base}/images/edits"))["error"]
                 self.assertEqual(error["type"], "invalid_request_error")
+                self.assertRegex(error["code"], "^(invalid|missing)_[a-z]+$")
+                self.assertNotIn("invalid", error["param"])
 
     def test_by_the_tool(self) -> None:
         base = self.start("--provider", "openai-hk")

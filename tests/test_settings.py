@@ -27,7 +27,7 @@ ENV_KEY = "sk-from-the-environment-0123456789"
 FILE_KEY = "sk-from-the-file-0123456789"
 PROFILE_KEY = "sk-from-the-profile-0123456789"
 OPENAI_KEY = "sk-from-openai-api-key-0123456789"
-ODD_KEY = "sk-test/0123+4567=89&abc?def~ghi"  # every spelling of it differs
+ODD_KEY = 'sk-test/0123+4567=89&abc?d"f~ghi'  # every spelling of it differs
 
 
 class SettingsCase(SystemCase):
@@ -138,8 +138,7 @@ class TestPrecedence(SettingsCase):
                 self.assertEqual([values[row.key] for values in found], due)
 
     def test_values_and_sources(self) -> None:
-        # no longer than seven characters, which nothing would blank
-        secrets = {"headers": {"X-Auth": "hunter1"}, "proxy": "http://fox:hunter2@proxy.example"}
+        secrets = {"headers": {"X-Pass": "hunter1"}, "proxy": "http://fox:hunter2@proxy.example"}
         profiles = {"home": {"connect_timeout": 5, **IN_FILE}}
         top = {"model": "of-the-file", "connect_timeout": 6, "profile": "home", **secrets}
         self.configure(profiles=profiles, **top)
@@ -158,8 +157,25 @@ class TestPrecedence(SettingsCase):
         for source in (path, home, "GPT_IMAGE2_MODEL", "GPT_IMAGE2_RETRIES"):
             self.assertIn(source, text)
         for out in (run.out, text):
-            self.assertRegex(out, rf"(?s)of-the-file.*X-Auth.*proxy\.example.*{FILE_KEY[-4:]}")
+            self.assertRegex(out, rf"(?s)of-the-file.*X-Pass.*proxy\.example.*{FILE_KEY[-4:]}")
             self.assertNotRegex(out, f"{FILE_KEY[3:-4]}|hunter")
+
+    def test_a_proxys_login_in_every_spelling(self) -> None:
+        for lead, login in (
+            *(("", "fox:hunter2"), ("", "hunter2"), ("socks5h://", "hunter2")),
+            *(("HTTP://", "fox:hunter2//hunter@3:"), ("", "fox://hunter2/")),
+        ):
+            with self.subTest(lead + login):
+                self.configure(proxy=f"{lead}{login}@proxy.example:1", api_key=KEY)
+                for argv in (["config", "--show"], ["generate", "fox", "--dry-run", "--verbose"]):
+                    run = self.check(self.run_tool(*argv), 0)
+                    self.assertIn("****@proxy.example:1", run.out)
+                    self.assertNotIn("hunter", run.out + run.err)
+        for proxy in ("foo://fox:hunter2@proxy.example", "hunter2@[", "http://hun'ter2:hunter2@["):
+            self.configure(base_url=RELAY, proxy=proxy, api_key=KEY, retries=0)  # curl quotes it
+            self.assertNotIn("ter2", self.generate(code=7).err)
+        self.configure(proxy="http://fox:hunter2\n@proxy.example")
+        self.assertNotIn("hunter", self.refused(3, "proxy").err)
 
 
 class TestFiles(SettingsCase):
@@ -325,6 +341,7 @@ RULES = (
     # OPENAI_API_KEY and OPENAI_BASE_URL are a pair; the key alone belongs to OpenAI.
     Rule(OPENAI_KEY, RELAY, env=PAIR),
     Rule(OPENAI_KEY, OPENAI, env=IN_OPENAI),
+    Rule(OPENAI_KEY, OPENAI, "--base-url https://API.openai.com./v1", env=IN_OPENAI),
     # Over plain http it goes where that is allowed.
     Rule(FLAG_KEY, PLAIN, f"{FLAG} --base-url {PLAIN} --allow-http"),
     # A server on this machine needs none, and gets none that is not its own.
@@ -356,7 +373,14 @@ def echoes(key: str) -> list[str]:
     """Return a key as servers echo it: raw, URL-encoded, in base64 alone or as a whole header."""
     encoded = quote(key, safe="")
     lower_case = re.sub("%..", lambda match: match[0].lower(), encoded)
-    return [key, encoded, lower_case, b64(key.encode()), b64(f"Bearer {key}".encode())]
+    return [
+        key,
+        json.dumps(key)[1:-1],
+        encoded,
+        lower_case,
+        b64(key.encode()),
+        b64(f"Bearer {key}".encode()),
+    ]
 
 
 def spellings(key: str) -> list[str]:
@@ -393,7 +417,8 @@ class TestWhichKeyGoesWhere(SettingsCase):
                 self.assertEqual(re.findall(r"[^\"]*sk-from[\w-]*|Authorization", told), due)
                 urls = [] if rule.key is None else [f"{rule.base}/images/generations"]
                 self.assertEqual(re.findall('(?m)^url = "(.*)"$', told), urls)
-        self.assertEqual(self.told(Rule(None, flags=f"{FLAG} --base-url {PLAIN}"), 2), "")
+        for plain in (PLAIN, "http://127.0.0.256", "http://127.300", "http://localhost.a."):
+            self.assertEqual(self.told(Rule(None, flags=f"{FLAG} --base-url {plain}"), 2), "")
         told = self.told(Rule(None, flags="--sandbox", config=COMMAND, env=ALL_ENV), 7)
         self.assertIn('url = "http://127.0.0.1:', told)
         self.assertNotIn("sk-from", told)
@@ -414,16 +439,17 @@ class TestSources(SettingsCase):
         return run
 
     def test_the_headers_of_a_profile_go_to_its_own_host(self) -> None:
-        headers = {"X-Auth-Token": PROFILE_KEY, "X-Team": "foxes"}
+        headers = {"X-Auth-Token": PROFILE_KEY, "X-Session": "foxes"}
         profile = {"base_url": self.api.base_url, "headers": headers}
         self.configure(base_url=RELAY, profiles={"mine": profile})
         self.generate("--profile", "mine")
         self.assertEqual(self.api.posts[0].headers["x-auth-token"], PROFILE_KEY)
         other = self.serve(otherwise=answer(IMAGE))
         run = self.generate("--profile", "mine", "--base-url", other.base_url)
-        self.assertNotIn(PROFILE_KEY, str(other))
-        self.assertEqual(other.posts[0].headers["x-team"], "foxes")
-        self.assertRegex(run.err, "warning: .*X-Auth-Token")
+        self.assertNotRegex(str(other), f"{PROFILE_KEY}|foxes")
+        self.assertRegex(run.err, "warning: .*X-Auth-Token, X-Session")
+        shown = self.planned("--profile", "mine")["headers"]
+        self.assertEqual(shown, dict.fromkeys(headers, "****"))
 
     def test_command_before_variable_before_text(self) -> None:
         """The command runs without a shell; a key is undressed."""
@@ -459,7 +485,10 @@ class TestSources(SettingsCase):
         keys = (f"{ODD_KEY} one", f"{ODD_KEY}\nsk-b", f"{ODD_KEY}\a", f"{ODD_KEY}é", [ODD_KEY])
         for name, values in (
             *(("api_key_command", commands), ("api_key", keys), ("api_key_env", [ODD_KEY])),
-            *(("auth_header", [header]), ("headers", [header])),
+            *(
+                ("auth_header", [header, ODD_KEY, FILE_KEY, f"X: {FILE_KEY}"]),
+                ("headers", [header]),
+            ),
         ):
             for value in values:
                 with self.subTest(name, value=value):
@@ -470,6 +499,8 @@ class TestSources(SettingsCase):
         for key in ("sk-...", "YOUR-KEY", "<your-key>", "${OPENAI_API_KEY}"):
             self.configure(base_url=RELAY, api_key=key)
             self.refused(3, "placeholder")
+            self.configure(base_url=HERE, api_key=key)  # which needs none
+            self.generate("--dry-run")
         self.refused(2, "--api-key", "--api-key", "")
         self.no_request(self.api)
 
@@ -529,6 +560,31 @@ class TestNeverShown(SettingsCase):
                 self.assertEqual(self.holders(), [])
         self.assert_hidden(self.check(self.run_tool("recover"), 0), ODD_KEY)
 
+    def test_our_own_names_are_no_echoes(self) -> None:
+        """A folder called like the key is printed, and noted, as it is."""
+        for key in ("lm-studio", FILE_KEY):
+            with self.subTest(key):
+                api = self.serve(answer(IMAGE), answer(IMAGE), refusal(400, None, f"no: {key}."))
+                self.configure(base_url=api.base_url, api_key=key)
+                path = self.generate("-o", f"{key}/a.png", "--sidecar").saved[0]
+                self.assertEqual(path, self.work / key / "a.png")
+                note = json.loads(Path(f"{path}.json").read_text())
+                last = self.check(self.run_tool("history", "--json"), 0).json["entries"][-1]
+                self.assertEqual((note["paths"], last["paths"]), ([str(path)], [str(path)]))
+                run = self.generate("-o", f"{key}/b.png", "--new", "--json")
+                self.assertEqual(run.json["images"][0]["path"], str(self.work / key / "b.png"))
+                told = f"no: {key if len(key) < 16 else '****'}."
+                self.assertIn(told[:-1], self.generate("--new", code=1).err)
+
+    def test_by_no_link_of_an_answer(self) -> None:
+        for link in (f"ftp://{ODD_KEY}/a.png", f"http://{ODD_KEY[:6]}{FILE_KEY}.invalid/a.png"):
+            with self.subTest(link):
+                api = self.serve(answer(link))
+                self.configure(base_url=api.base_url, api_key=FILE_KEY)
+                headers = {"X-Odd": ODD_KEY}
+                self.configure(base_url=api.base_url, api_key=FILE_KEY, headers=headers)
+                self.assert_hidden(self.generate("--new", code=10), ODD_KEY, FILE_KEY)
+
 
 class TestInit(SettingsCase):
     """`config --init` writes a file that works, and never harms one."""
@@ -556,6 +612,33 @@ class TestInit(SettingsCase):
                 self.assertEqual(plan["endpoint"].lower(), f"{base}/images/generations")
                 self.assertEqual(list(plan["headers"]), [header])
                 self.path.unlink()
+
+    def test_a_relay_of_the_environment_keeps_its_key(self) -> None:
+        """A file comes before the variables, so it must not send their key to OpenAI."""
+        hk, named = {"GPT_IMAGE2_BASE_URL": HK}, {"GPT_IMAGE2_BASE_URL": OTHER, **IN_ENV}
+        for env, flags, base, variable in (
+            (PAIR, "", RELAY, "OPENAI_API_KEY"),
+            (PAIR, "--profile openai", RELAY, "OPENAI_API_KEY"),
+            (PAIR, f"--base-url {OTHER}", OTHER, "GPT_IMAGE2_API_KEY"),
+            (PAIR, "--profile nodekey", NODEKEY, "NODEKEY_API_KEY"),
+            ({**PAIR, **named}, "", OTHER, "GPT_IMAGE2_API_KEY"),
+            (named, "--profile mine", OTHER, "GPT_IMAGE2_API_KEY"),
+            (hk, "", HK, "OPENAI_HK_API_KEY"),
+            (IN_OPENAI, "", OPENAI, "OPENAI_API_KEY"),
+        ):
+            with self.subTest(flags, env=env):
+                run = self.config_tool("--init", *flags.split(), env=env)
+                taken = base in env.values()
+                self.assertEqual(
+                    f"BASE_URL is set: the file gets base_url {base}" in run.err, taken
+                )
+                plan = self.planned(env={**env, variable: KEY})
+                self.assertEqual(plan["endpoint"], f"{base}/images/generations")
+                self.assertIn(f'"api_key_env": "{variable}"', json.dumps(self.written()))
+                self.path.unlink()
+        self.assertIn(
+            "BASE_URL", self.config_tool("--init", env={"OPENAI_BASE_URL": "a b"}, code=2).err
+        )
 
     def test_an_existing_file_or_profile_needs_force(self) -> None:
         before = {"model": "mine", "profiles": {"nodekey": HOST}}
@@ -607,7 +690,7 @@ class TestInit(SettingsCase):
             shown = self.config_tool("--show").out
             self.assertIn("timeout = 77 ", shown)
             self.assertIn("model = m ", shown)
-            self.assertIn('"A": "b"', shown)
+            self.assertIn('headers = {"A": ', shown)
 
     def test_what_it_refuses_unseen(self) -> None:
         for words in (
@@ -637,13 +720,13 @@ class TestCheck(SettingsCase):
         return run
 
     def test_what_the_server_may_answer(self) -> None:
-        refused = refusal(401, "invalid_api_key", "Incorrect API key.")
+        refused = refusal(401, "invalid_api_key", f"Incorrect API key: {KEY}.")
         for reply, code, pattern in (
             (models("gpt-image-2"), 0, "200"),
             (refused, 4, "401.*Incorrect API key"),
             (refusal(403, None, "Your organization must be verified."), 4, "must be verified"),
             (page(404, "Not Found"), 0, "404.*reachable"),
-            (Reply(301, headers=[("Location", OTHER)]), 1, "other.example"),
+            (Reply(301, headers=[("Location", f"{OTHER}/{KEY}")]), 1, "other.example"),
             (page(502, "Bad Gateway"), 1, "502"),
         ):
             with self.subTest(reply.status):

@@ -27,7 +27,7 @@ OPENPTY: Any = getattr(os, "openpty", None)  # Windows has none
 
 BASH_DRIVER = """
 source "$1"; shift
-COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
 _gpt_image2
 printf '%s\\n' "${COMPREPLY[@]}"
 """
@@ -38,6 +38,16 @@ COMPLETED = (
     ("gpt-image2 generate --quality med", "medium"),
     ("gpt-image2 generate -s wides", "widescreen"),
     ("gpt-image2 edit a.png --mask ima", "image.png"),
+    ('gpt-image2 generate "a fox" --qual', "--quality"),
+    ('gpt-image2 generate "a fox" --quality med', "medium"),
+    ("gpt-image2 sizes story --js", "--json"),
+    ("gpt-image2 generate --quality=med", "--quality=medium"),
+    ("gpt-image2 sizes widesc", "widescreen"),
+    ("gpt-image2 sizes 16:", "16:9"),
+    ("gpt-image2 generate -s story@4", "story@4K"),
+    ("gpt-image2 generate x --size=story@4", "--size=story@4K"),
+    ("gpt-image2 generate --size=sto", "--size=story"),
+    ("gpt-image2 edit a.png --mask=ima", "--mask=image.png"),
 )
 
 
@@ -59,10 +69,8 @@ class TestCompletion(Case):
         return done.stdout.decode().splitlines()
 
     def test_bash(self) -> None:
-        bash = ["bash", "-c", BASH_DRIVER, "bash", str(self.written("bash"))]
-        for typed, due in COMPLETED:
-            with self.subTest(typed):
-                self.assertEqual(self.offered(*bash, *typed.split()), [due])
+        script = self.written("bash")
+        bash = ["bash", "-c", BASH_DRIVER, "bash", str(script)]
         for command in self.offered(*bash, "gpt-image2", ""):
             text = self.run_tool(command, "--help").out.partition("\nexamples:\n")[0]
             lefts = " ".join(re.findall(r"(?m)^  (-.*?)(?:  |$)", text))
@@ -77,13 +85,21 @@ class TestCompletion(Case):
                 self.assertEqual([line.partition("\t")[0] for line in lines], [due])
 
     @unittest.skipUnless(OPENPTY, "needs pseudo-terminals")
-    def test_zsh(self) -> None:
-        script = self.written("zsh")
+    def test_as_typed(self) -> None:
+        for shell, start in (
+            ("zsh", "zsh -f -i"),
+            ("bash", "bash --norc --noprofile -i"),
+        ):
+            with self.subTest(shell):
+                self.check_typed(start, self.written(shell))
+
+    def check_typed(self, start: str, script: Path) -> None:
+        """Type each line in a shell at a terminal, with a tab, and look what it becomes."""
         terminal, slave = OPENPTY()
         self.addCleanup(os.close, terminal)
         streams: dict[str, Any] = {"stdin": slave, "stdout": slave, "stderr": slave}
         env = {**self.env, "TERM": "dumb"}
-        shell = subprocess.Popen(["zsh", "-f", "-i"], env=env, cwd=self.work, **streams)
+        shell = subprocess.Popen(start.split(), env=env, cwd=self.work, **streams)
         os.close(slave)
         self.addCleanup(shell.wait)
         self.addCleanup(shell.kill)
@@ -96,12 +112,14 @@ class TestCompletion(Case):
                 text += os.read(terminal, 65536).decode("utf-8", "replace")
             return text
 
-        heard(f"autoload -U compinit; compinit -u -D; source {script}; echo re''ady\n", "ready")
+        ready = "autoload -U compinit; compinit -u -D; " if start.startswith("zsh") else ""
+        heard(f"{ready}source {script}; echo re''ady\n", "ready")
         for typed, due in COMPLETED:
             with self.subTest(typed):
                 # Ctrl-A and Ctrl-E: print the line as it is now.
                 said = heard(f"{typed}\t\x01echo 'L:\x05:L'\n", r"\nL:.*:L")
-                self.assertIn(due, said.rpartition("\nL:")[2])
+                line = said.rpartition("\nL:")[2].rpartition(":L")[0]
+                self.assertEqual(line.split()[-1], due)
 
 
 Until = Callable[[str, float], object]
@@ -247,10 +265,15 @@ class TestPreview(ScreenCase):
 
     def test_tmux_passes_it_on(self) -> None:
         tmux = {"TMUX": "/tmp/tmux-0/default,1,0", "TERM": "tmux"}
-        kitty, iterm = (
+        kitty, iterm, wezterm = (
             "".join(re.findall(r"\x1bPtmux;((?:[^\x1b]|\x1b\x1b)*)\x1b\\", self.preview(env)))
-            for env in ({**tmux, "KITTY_WINDOW_ID": "1"}, {**tmux, "LC_TERMINAL": "iTerm2"})
+            for env in (
+                {**tmux, "KITTY_WINDOW_ID": "1"},
+                {**tmux, "LC_TERMINAL": "iTerm2"},
+                {**tmux, "TERM_PROGRAM": "tmux", "WEZTERM_PANE": "0"},
+            )
         )
+        self.assertEqual(wezterm, iterm)
         told, data = self.painted(kitty.replace("\x1b\x1b", "\x1b"))
         self.assertIn(",C=1,", told)
         self.assertEqual(data, IMAGE)
@@ -265,6 +288,7 @@ class TestPreview(ScreenCase):
             ("kitty shows png only", KITTY, jpeg(64, 64), True, "this terminal shows png only"),
             ("a plain terminal", {}, IMAGE, True, NOTHING),
             ("a pipe", KITTY, IMAGE, False, NOTHING),
+            ("VS Code in tmux", {"TMUX": "1", "TERM_PROGRAM": "vscode"}, IMAGE, True, NOTHING),
         ):
             with self.subTest(name):
                 shown = self.preview(env, image, tty)

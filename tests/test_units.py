@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
+import time
 import unittest
 from email.utils import formatdate
 from pathlib import Path
@@ -257,6 +258,13 @@ class TestWaits(unittest.TestCase):
         jitter.assert_called_with(0.75, 1.0)
         self.assertEqual(tool.retry_delay(3, 7.5), 7.5)
 
+    def test_in_words(self) -> None:
+        """A wait over 10 s says until when."""
+        for seconds, words in ((2.0, "2 s"), (0.5, "0.5 s"), (10.0, "10 s")):
+            self.assertEqual(tool.wait_text(seconds), words)
+        with mock.patch("time.time", lambda: 0.0), mock.patch("time.localtime", time.gmtime):
+            self.assertEqual(tool.wait_text(119.5), "119.5 s (until 00:01:59)")
+
 
 class TestPieces(unittest.TestCase):
     """An answer is read window by window; no edge of a window may show."""
@@ -348,7 +356,8 @@ class TestPieces(unittest.TestCase):
                 self.assertEqual(self.read(body, 4096, 1000)[1], [IMAGE])
         deep = "[" * 100_000
         text = f'{{"data": [{{"b64_json": "{b64(IMAGE)}"}}], "x": {deep}'
-        self.assertEqual(self.read(text + "}", 4096, 100)[1], [])
+        self.assertEqual(self.read(text, 4096, 100)[1], [], "it is cut")
+        self.assertEqual(self.read(text + "}", 4096, 100)[1], [IMAGE])
         self.assertEqual(self.read(text, 4096, 100, salvage=True)[1], [IMAGE])
 
 
