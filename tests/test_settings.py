@@ -667,7 +667,7 @@ class TestInit(SettingsCase):
         self.assertIn("then config --check --config '", run.err)
 
     def test_use_makes_a_profile_the_default_one(self) -> None:
-        self.assertIn("--profile home adds it", self.config_tool("--use", "home", code=3).err)
+        self.assertIn("no profile 'home'", self.config_tool("--use", "home", code=3).err)
         self.configure(model="mine", profiles={"home": HOST, "work": HOST})
         self.assertIn("home, work", self.config_tool("--use", "wrok", code=3).err)
         self.config_tool("--use", "work")
