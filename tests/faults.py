@@ -12,6 +12,7 @@ plays it and prints what was seen as Markdown, for the README.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import sys
 import threading
 import unittest
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Sequence, Union
+from typing import IO, Any, Callable, NamedTuple, Sequence, Union
 from unittest import mock
 
 if __name__ == "__main__":
@@ -53,6 +54,7 @@ IMAGES = {FIRST, SECOND, THIRD, LARGE}
 
 FOX = ("generate", "a fox")
 FOXES = (*FOX, "--n", "3")
+BAD_KEY = refusal(401, "invalid_api_key", "No.")
 INT, TERM = signal.SIGINT, signal.SIGTERM
 HUP, KILL = (getattr(signal, f"SIG{name}", TERM) for name in ("HUP", "KILL"))
 RELAY, ODD = "https://relay.example/v1", "odd://fox:secret@h"
@@ -310,6 +312,55 @@ def meanwhile(act: Callable[[Stage], object]) -> Play:
 
 def remove_the_folder(stage: Stage) -> None:
     shutil.rmtree(stage.work / "out")
+
+
+def remove_the_state(stage: Stage) -> None:
+    shutil.rmtree(stage.state / "gpt-image-2")
+
+
+def waited_for(reply: Reply, act: Callable[[Stage], object] = lambda stage: None) -> Play:
+    """Play the same call twice at once; something happens while the second one waits."""
+
+    def play(stage: Stage) -> Run:
+        held = threading.Event()
+        api = stage.serve_base(reply._replace(before=held))
+        first = stage.start_tool(*FOX, "-o", "fox.png")
+        api.wait_for_request()
+        second = stage.start_tool(*FOX, "-o", "fox.png")
+        stage.hear(second, "waiting for it")
+        act(stage)
+        held.set()
+        stage.finish(first)
+        return stage.finish(second)
+
+    return play
+
+
+def kept_refusal(stage: Stage) -> Run:
+    """Kill a call whose curl gets a refusal, and repeat it."""
+    held = threading.Event()
+    api = stage.serve_base(BAD_KEY._replace(before=held), otherwise=answer(FIRST))
+    tool = stage.start_tool(*FOX, "-o", "fox.png")
+    api.wait_for_request()
+    tool.kill()
+    stage.finish(tool)
+    held.set()
+    stage.wait_until(lambda: not stage.processes("curl"))
+    return stage.run_tool(*FOX, "-o", "fox.png")
+
+
+def no_locks(stage: Stage) -> Run:
+    import fcntl
+
+    real = fcntl.flock
+
+    def flock(file: IO[bytes], how: int) -> None:
+        if file.name.startswith(str(stage.state)):
+            raise OSError(errno.ENOLCK, "No locks available")
+        real(file, how)
+
+    with mock.patch("fcntl.flock", flock):
+        return answers()(stage)
 
 
 def block_the_folder(stage: Stage) -> None:
@@ -691,6 +742,11 @@ LINKS = [
 
 SYSTEM = [
     row("curl is not installed", Outcome(3, 0), no_curl, "curl"),
+    row("the state folder is removed meanwhile", Outcome(8), meanwhile(remove_the_state), "billed"),
+    row("the same, while the same call waits", Outcome(8), waited_for(BAD_KEY, remove_the_state)),
+    row("the same command while the first runs", SAVED, waited_for(answer(FIRST))),
+    row("SIGKILL, then a 401, then the same command", Outcome(0, 2, 1), kept_refusal),
+    row("file locks do not work", SAVED, no_locks),
     row("the output folder is removed meanwhile", SAVED, meanwhile(remove_the_folder)),
     row("the output folder becomes a file meanwhile", KEPT, meanwhile(block_the_folder)),
     row("the output folder is read-only", Outcome(2, 0), folder_read_only),

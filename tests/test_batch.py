@@ -569,6 +569,13 @@ class Pace(BatchCase):
         self.assertEqual(self.painter.seen, ["b", "a", "d", "c"])
         self.assertAlmostEqual(passed(), 9.0, places=1)
 
+    def test_more_than_a_day_is_not_waited_for(self) -> None:
+        """As if a date were read by a clock that was set back."""
+        self.prompts("a")
+        self.api.script.append(slow_down(90_000))
+        self.assertIn("90000 s", self.batch(code=6).err)
+        self.batch(code=0)
+
     def test_a_429_holds_all_workers(self) -> None:
         """B's worker is free once a's waits; it waits too, and c is not begun before that ends."""
         release = self.painter.hold("b")

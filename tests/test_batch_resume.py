@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import threading
+from typing import IO
 from unittest import mock
 
 from tests.batches import (
@@ -280,11 +281,13 @@ class Killed(ResumeCase):
         """Whoever asks whether its curl lives hears that it has just ended, with an answer."""
         real = fcntl.flock
 
-        def flock(file: int, how: int) -> None:
+        def flock(file: IO[bytes], how: int) -> None:
             try:
                 real(file, how)
-            except BlockingIOError:  # the curl has it
-                release.set()
+            except BlockingIOError:
+                if not file.name.endswith("curl.txt"):
+                    raise
+                release.set()  # the curl has it
                 real(file, fcntl.LOCK_EX)
 
         for redo in ((), ("--redo", "unknown")):
@@ -328,10 +331,10 @@ class Killed(ResumeCase):
         self.check_done("a")
 
     def test_a_job_that_a_batch_works_on(self) -> None:
-        runs = self.beside("a", "recover --last")
+        runs = self.beside("a", "recover --last --no-wait")
         self.prompts("a")
         self.batch()
-        self.assertIn("under way", self.check(runs[0], 10).err)
+        self.assertIn("running", self.check(runs[0], 10).err)
         self.check_done("a")
 
     def test_what_a_killed_batch_left(self) -> None:
@@ -507,6 +510,49 @@ class Stopped(ResumeCase):
                 self.assertEqual(sent, ["a", "b"] if paced else ["a", "a", "b"])
                 self.assertEqual(set(self.states().values()), {"saved"})
                 shutil.rmtree(self.folder)
+
+
+class Links(ResumeCase):
+    """Somebody has put links where a batch keeps its lock and its unfinished files."""
+
+    def test_none_is_followed(self) -> None:
+        self.prompts("a")
+        mine = self.work / "mine"
+        mine.write_bytes(b"mine")
+        self.folder.mkdir()
+        page = self.folder / "results.jsonl.index.html.part"
+        lock = self.folder / "results.lock"
+        for link in (page, lock):
+            link.symlink_to(mine)
+        self.assertIn(str(lock), self.batch(code=2).err)
+        lock.unlink()
+        self.batch()
+        self.assertEqual(mine.read_bytes(), b"mine")
+        self.assertFalse(page.is_symlink())
+        self.assertTrue((self.folder / "index.html").read_bytes())
+
+
+class Unlocked(ResumeCase):
+    """Where file locks don't work in the batch's folder."""
+
+    def test_a_second_run_on_the_same_machine_is_refused_all_the_same(self) -> None:
+        real = fcntl.flock
+
+        def flock(file: IO[bytes], how: int) -> None:
+            if not file.name.startswith(str(self.folder)):
+                real(file, how)
+
+        self.prompts("a", "b")
+        with mock.patch("fcntl.flock", flock):
+            for argv in (("--shard", "1/2"), ("--shard", "2/2"), ()):
+                run = self.batch(*argv)
+                self.assertRegex(run.err, "warning: .*locks do not work .*second run on another")
+            held = [path.open("rb") for path in (self.state / "gpt-image-2").glob("*.lock")]
+            self.assertEqual(len(held), 3)
+            for file in held:
+                self.addCleanup(file.close)
+                real(file, fcntl.LOCK_EX)
+            self.assertIn("under way in process", self.batch(code=2).err)
 
 
 class Shards(ResumeCase):

@@ -174,7 +174,7 @@ class TestAround(SystemCase):
         self.env["XDG_STATE_HOME"] = str(state)
         self.generate()
         self.check(self.run_tool("edit", "a.png", "x", "--mask-box", "1,1,2,2"), 0)
-        self.assertEqual(self.listing(state), ["gpt-image-2/history.jsonl"])
+        self.assertEqual(self.listing(state), ["gpt-image-2/history.jsonl", "gpt-image-2/lock"])
         names = [part.name for part in api.posts[1].parts]  # curl leaves out a file it can't read
         self.assertEqual(names, ["model", "prompt", "size", "image", "mask"])
         self.assertEqual(api.posts[1].uploads[0].body, LARGE)

@@ -326,6 +326,17 @@ class Kills(DeferredCase):
             self.batch()
         self.assertEqual(sorted(map(self.api.prompts, self.api.own())), [["job 1"], ["job 7"]])
 
+    def test_the_state_folder_is_removed_in_a_create(self) -> None:
+        self.numbered(1)
+        held = self.api.hold(CREATE)
+        tool = self.start_until(held)
+        shutil.rmtree(self.state)
+        held.release.set()
+        self.assertIn("billed", self.check(self.finish(tool), 8).err)
+        self.api.end_all()
+        self.batch()
+        self.check_batches(generations=1)
+
     def test_signals_in_a_create(self) -> None:
         self.numbered(2)
         for signals in (1, 2):

@@ -6,6 +6,7 @@ stands in the fault table, tests/faults.py; here is what that can't show.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpt_image2
 from tests.case import Argument, Case, Child, Run, SystemCase
 from tests.images import png
-from tests.server import KEY, Api, Reply, answer, b64, refusal
+from tests.server import KEY, Api, Reply, answer, b64, json_reply, refusal
 
 FIRST, SECOND, THIRD = (png(40, 30 + i, seed=i) for i in range(3))  # about 4 KB each
 NAMES = {FIRST: "first", SECOND: "second", THIRD: "third"}
@@ -116,11 +118,20 @@ class TestFolder(JobCase):
         modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in paths}
         self.assertEqual(modes, {p.name: "0o700" if p == job else "0o600" for p in paths})
         self.assertEqual(self.files_with(KEY), [])
-        self.assertRegex(self.recover(job.name, code=10).err, "under way|running")
+        self.assertRegex(self.recover(job.name, "--no-wait", code=10).err, "running")
         self.recover("--clean", "--older-than", "0s")
         release.set()
         run = self.check(self.finish(tool), 0)
         self.assertEqual(self.images(run), ["first", "second", "third"])
+
+    def test_its_files_are_the_owners_whatever_the_umask(self) -> None:
+        path = self.tmp / "new"
+        before = os.umask(0o777)
+        try:
+            gpt_image2.private_file(str(path), b"text")
+        finally:
+            os.umask(before)
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o600)
 
     def test_two_of_one_name(self) -> None:
         """The same request, second and random number: the earlier answer stays untouched."""
@@ -248,6 +259,26 @@ class TestPlace(JobCase):
         with mock.patch("os.getuid", return_value=uid + 1):
             check_refused("another user's")
 
+    def test_where_file_locks_do_not_work_there(self) -> None:
+        """They fail, or exclude nobody."""
+        import fcntl
+
+        real = fcntl.flock
+        for name, error in (("fail", OSError(errno.ENOLCK, "No locks available")), ("pass", None)):
+
+            def flock(file: Any, how: int, error: OSError | None = error) -> None:
+                if not file.name.startswith(str(self.state)):
+                    real(file, how)
+                elif error:
+                    raise error
+
+            with self.subTest(name), mock.patch("fcntl.flock", flock):
+                job = self.kept()
+                self.assertEqual((self.jobs(), job.parent.parent.parent), ([], self.tmp / "tmp"))
+                self.serve_base(answer(FIRST))
+                run = self.check(self.run_tool(*FOX), 0)
+                self.assertRegex(run.err, f"warning: .*lock.* {self.state}/.* kept in {self.tmp}")
+
     def test_a_state_folder_that_cannot_be_read_is_not_called_empty(self) -> None:
         self.kept()
         jobs = self.state / "gpt-image-2" / "jobs"
@@ -332,27 +363,129 @@ class TestResumed(JobCase):
         self.assertEqual((len(api.posts), self.jobs()), (4, []))
 
     def test_what_came_meanwhile_is_told_and_not_paid_again(self) -> None:
-        for reply, code, told, images in (
-            (refusal(400, "moderation_blocked", "Blocked."), 5, "Blocked", []),
-            (CUT, 8, "--new", ["first", "second"]),
-        ):
-            with self.subTest(told):
-                self.release.clear()
-                self.killed(self.held(reply), *FOXES)
-                self.let_come(self.release)
-                self.assertIn(told, self.resumed(*FOXES, code=code).err)
-                self.assertEqual(len(self.jobs()), 1 if images else 0)
-                run = self.recover("--all", code=9 if images else 0)
-                self.assertEqual(self.images(run), images)
-
-    def test_a_request_that_left_nothing_is_sent_again_with_a_warning(self) -> None:
-        api = self.held(SILENT, SECOND)
-        self.killed(api, *FOX)
+        self.killed(self.held(CUT), *FOXES)
         self.let_come(self.release)
-        run = self.check(self.run_tool(*FOX), 0)
-        self.assertNotIn("resumed", run.err)
-        self.assertIn("billed", run.err)
-        self.assertEqual(len(api.posts), 2)
+        self.assertIn("--new", self.resumed(*FOXES, code=8).err)
+        self.assertEqual(len(self.jobs()), 1)
+        self.assertEqual(self.images(self.recover("--all", code=9)), ["first", "second"])
+
+    def test_a_refusal_that_came_meanwhile_is_no_answer(self) -> None:
+        """Its job goes, and a new request is sent: the key may be mended by now."""
+        for name, reply in (
+            ("key", refusal(401, "invalid_api_key", "No.")),
+            ("key, cut", refusal(401, "invalid_api_key", "No.")._replace(cut=20)),
+            ("policy", refusal(400, "moderation_blocked", "Blocked.")),
+            ("an error in a 200", json_reply({"error": {"code": "insufficient_quota"}})),
+            ("busy", refusal(429, "rate_limit_exceeded", "Slow.")),
+        ):
+            with self.subTest(name):
+                self.release.clear()
+                api = self.held(reply, FIRST)
+                self.killed(api, *FOX, "-o", f"{name}.png")
+                self.let_come(self.release)
+                run = self.check(self.run_tool(*FOX, "-o", f"{name}.png"), 0)
+                self.assertNotIn("resumed", run.err)
+                self.assertEqual((self.images(run), self.jobs()), (["first"], []))
+                self.assertEqual(len(api.posts), 2)
+
+    def test_a_request_that_left_nothing(self) -> None:
+        """Sent again with a warning, but not where it goes to the same explicit name."""
+        for name, output, code, posts in (
+            ("a generated name", (), 0, 2),
+            ("a name, and paid again knowingly", ("-o", "a.png", "--retry-unsafe"), 0, 2),
+            ("a name", ("-o", "fox.png"), 8, 1),
+        ):
+            with self.subTest(name):
+                self.release.clear()
+                api = self.held(SILENT)
+                api.otherwise = answer(SECOND)
+                self.killed(api, *FOX, *output)
+                self.let_come(self.release)
+                run = self.check(self.run_tool(*FOX, *output), code)
+                self.assertNotIn("resumed", run.err)
+                self.assertIn("billed", run.err)
+                self.assertEqual(len(api.posts), posts)
+        self.assertIn("--new", run.err)
+
+    def test_a_call_that_lives_is_waited_for_where_both_name_one_file(self) -> None:
+        """Its image is reported by both; what it leaves unfinished is finished by the other."""
+        for name, reply, code, images in (
+            ("whole", answer(FIRST), 0, ["first"]),
+            ("cut", CUT, 8, []),
+            ("refused", refusal(401, "invalid_api_key", "No."), 4, []),
+        ):
+            with self.subTest(name):
+                self.release.clear()
+                api = self.held(reply)
+                api.otherwise = reply
+                command = (*(FOXES if name == "cut" else FOX), "-o", f"{name}.png")
+                first = self.start_tool(*command)
+                api.wait_for_request(1)
+                second = self.start_tool(*command, "--json")
+                self.hear(second, f"is already under way (process {first.pid}); waiting for it")
+                self.release.set()
+                runs = [self.check(self.finish(tool), code) for tool in (first, second)]
+                told = runs[1].json
+                self.assertEqual(self.images(runs[0]), images)
+                self.assertEqual(told["resumed"], name != "refused")
+                found = [Path(image["path"]) for image in told["images"]]
+                self.assertEqual(found, runs[0].saved)
+                self.assertEqual(len(api.posts), 2 if name == "refused" else 1)
+
+    def test_several_at_once_after_a_kill(self) -> None:
+        """One finishes what the killed call left, or sends; the others report the same image."""
+        command = (*FOX, "-o", "fox.png")
+        for name, killed in (("a killed call", True), ("none", False)):
+            with self.subTest(name):
+                self.release.clear()
+                api = self.held(FIRST)
+                if killed:
+                    self.killed(api, *command)
+                tools = [self.start_tool(*command) for _ in range(3)]
+                for tool in tools if killed else ():
+                    self.hear(tool, "job ")
+                api.wait_for_request(1)
+                self.release.set()
+                runs = [self.finish(tool) for tool in tools]
+                self.assertEqual(len(api.posts), 1)
+                for run in runs:  # a late one finds the name taken
+                    self.check(run, 0 if run.saved else 2)
+                self.assertEqual(set(self.images(*runs)), {"first"})
+                self.assertEqual(self.listing(), ["fox.png"])
+                (self.work / "fox.png").unlink()
+
+    def test_one_call_at_a_time_looks_for_a_job_and_makes_one(self) -> None:
+        lock, real, held = str(self.state / "gpt-image-2" / "lock"), gpt_image2.write_record, []
+
+        def write_record(*parts: Any) -> None:
+            held.append(gpt_image2.is_locked(lock))
+            real(*parts)
+
+        self.serve_base(answer(FIRST))
+        with mock.patch("gpt_image2.write_record", write_record):
+            self.check(self.run_tool(*FOX, "-o", "fox.png"), 0)
+        self.assertEqual(held, [True])
+
+    def test_a_list_hides_no_job(self) -> None:
+        """Whoever looks whether a job is under way keeps nobody from taking it over."""
+        import fcntl
+
+        api, job, release = self.under_way()
+        self.let_come(release)
+        real, looks = fcntl.flock, [job / "lock"]
+
+        def flock(file: Any, how: int) -> None:
+            if how & fcntl.LOCK_EX and Path(file.name) in looks:
+                looks.remove(Path(file.name))
+                with open(file.name, "rb") as looking:
+                    real(looking, fcntl.LOCK_SH)
+                    real(file, how)
+            real(file, how)
+
+        with mock.patch("fcntl.flock", flock):
+            run = self.check(self.run_tool(*FOX), 0)
+        self.assertEqual(self.images(run), ["first"])
+        self.assertEqual((len(api.posts), looks), (1, []))
 
 
 class TestLastMoment(JobCase):
@@ -567,17 +700,20 @@ class TestWaiting(JobCase):
         self.recover("--clean", "--older-than", "0s")
         record = (job / "job.json").read_text()
         tool = self.waiting_recover(job)
-        run = self.check(self.run_tool(*FOX, "--json"), 8)
-        self.assertEqual(run.json["error"]["code"], "under_way")
-        self.assertRegex(self.recover(job.name, code=10).err, "under way|running")
+        self.assertRegex(self.recover(job.name, "--no-wait", code=10).err, "running")
         tool.send_signal(signal.SIGTERM)
         run = self.check(self.finish(tool), 143)
         self.assertEqual(self.processes(), [curl])
         self.assertRegex(run.err.splitlines()[-1], "^Recover: ")
         (job / "job.json").write_text(record)  # so that one sees when the next recover has it
-        tool = self.waiting_recover(job)
+        tools = [self.waiting_recover(job)]
+        told = f"job {job.name} is already under way (process {tools[0].pid}); waiting"
+        for argv in (FOX, ("recover", job.name)):
+            tools.append(self.start_tool(*argv))
+            self.hear(tools[-1], told)
         release.set()
-        self.assertEqual(self.images(self.check(self.finish(tool), 0)), ["first"])
+        for tool in tools:
+            self.assertEqual(self.images(self.check(self.finish(tool), 0)), ["first"])
         self.assertEqual((len(api.posts), self.jobs()), (1, []))
 
     def test_again_and_side_by_side(self) -> None:

@@ -94,6 +94,7 @@ class TestAnswers(LimitCase):
             "deep usage behind it": beside(b"", b', "usage": ' + deep),
             "a bomb": Reply(200, gzip.compress(plain, 9)),
             "keep-alives": event_stream(b": ping\n\n" * 700_000, completed_event(SMALL)),
+            "words of the server": beside(b'"a": [' + b'{"message": "1"},' * 60_000 + b"1],"),
             "events": event_stream(b"data: {}\n\n" * 500_000, completed_event(SMALL)),
         }.items():
             with self.subTest(name):

@@ -262,7 +262,7 @@ class TestNames(OutputCase):
                 api = self.serve_base()
                 self.check(self.ask(*options), 2)
                 self.no_request(api)
-        self.assertEqual(self.listing(self.state), [])
+        self.assertEqual(self.jobs(), [])
 
 
 class TestNeverOverwritten(OutputCase):

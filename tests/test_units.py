@@ -239,10 +239,20 @@ class TestWaits(unittest.TestCase):
             ({"retry-after-ms": "soon", "retry-after": "9"}, 9),
             ({"retry-after": formatdate(1_800_000_060, usegmt=True)}, 60),
             ({"retry-after": formatdate(1_799_999_940, usegmt=True)}, 0),
+            (
+                {"retry-after": formatdate(60), "date": formatdate(30)},
+                30,
+            ),  # whatever our clock says
             ({}, None),
         ):
             with self.subTest(headers), mock.patch("time.time", return_value=1_800_000_000):
                 self.assertEqual(tool.retry_after(headers), seconds)
+
+    def test_a_wait_ends_even_if_the_clock_is_set_back(self) -> None:
+        slept: list[float] = []
+        with mock.patch("time.sleep", slept.append), mock.patch("time.monotonic", lambda: 0.0):
+            tool.Signals().pause(1.05)
+        self.assertAlmostEqual(sum(slept), 1.05)
 
     def test_junk_is_ignored(self) -> None:
         junk = ["", "soon", "nan", "inf", "-3", "+3", "1e9", "0x10", "1_0", "３", "5s", "9" * 400]
