@@ -124,7 +124,7 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 # ---- JPEG -------------------------------------------------------------------------------------
 
 
-def jpeg(width: int, height: int, *, comment: bytes = b"") -> bytes:
+def jpeg(width: int, height: int, *, comment: bytes = b"", exif: bytes = b"") -> bytes:
     """Return a mid-grey baseline JPEG; a `comment` makes it unlike others of its size."""
     blocks = -(-width // 8) * -(-height // 8)
     one_code = b"\1" + bytes(15) + b"\0"  # a single code, 0, one bit long, that means 0
@@ -134,6 +134,7 @@ def jpeg(width: int, height: int, *, comment: bytes = b"") -> bytes:
         (0xC0, struct.pack(">BHHB", 8, height, width, 1) + b"\1\x11\0"),
         (0xC4, b"\x00" + one_code),
         (0xC4, b"\x10" + one_code),
+        *([(0xE1, b"Exif\0\0" + exif)] if exif else []),
         *([(0xFE, comment)] if comment else []),
         (0xDA, b"\1\1\0\0\x3f\0"),
     ]

@@ -46,6 +46,12 @@ class JobsFiles(BatchCase):
             ("c.prompts", "a fox\nzwei Füchse 🦊\n".encode(), ["a fox", "zwei Füchse 🦊"]),
             ("d.txt", b"[a, b]\nc\n", ["[a, b]", "c"]),  # text, whatever it begins with
             ("e.list", b"[watercolor] a fox\n[ink] b\n", ["[watercolor] a fox", "[ink] b"]),
+            (
+                "i.csv",
+                b'\xef\xbb\xbfPrompt,size\r\n"a, ""b""\r\nc",\r\n,\r\nd,1K\r\n',
+                ['a, "b"\r\nc', "d"],
+            ),
+            ("j.tsv", b"size\tprompt\n\ta; b\n", ["a; b"]),
             ("f.x", b"\xef\xbb\xbf\r\n  \na fox\r\n\n\t b \r\n", ["a fox", "b"]),
             ("g.jsonl", json.dumps({"prompt": long}).encode(), [long]),
             ("h.x", b'\xef\xbb\xbf\n\n{"prompt": "c"}\r\n\n{"prompt": "d"}', ["c", "d"]),
@@ -77,6 +83,17 @@ class JobsFiles(BatchCase):
             with self.subTest(text):
                 (self.work / "jobs.jsonl").write_text(text, encoding="latin-1")
                 self.assertIn(why, self.refused().err)
+        for name, text, why in (
+            *((f"a.{kind}", "a fox\nb", f"not .{kind}; if each line") for kind in ("yaml", "MD")),
+            ("a.html", "<html>", "not .html; if each line is a prompt, name it .txt"),
+            ("a.csv", "a fox in snow\na goose\n", "names no column prompt: a fox in snow;"),
+            ("a.csv", "prompt,zise\nx,1K\n", "row 2: 'zise' is not an option"),
+            ("a.csv", "prompt,n\nx,2,3\n", "row 2 has 3 cells for 2 columns"),
+            ("a.csv", "prompt,images\nx,[1\n", "[1 does not exist"),
+            ("a.tsv", "prompt\nx\xff\n", "not UTF-8"),
+        ):
+            (self.work / name).write_text(text, encoding="latin-1")
+            self.assertIn(why.lower(), self.refused(file=name).err.lower())
         for name in ("missing.jsonl", "folder"):
             self.assertIn(name, self.refused(file=name).err)
         for words in ((), ("a", "b")):

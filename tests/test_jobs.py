@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import gpt_image2
-from tests.case import Argument, Child, Run, SystemCase
+from tests.case import Argument, Case, Child, Run, SystemCase
 from tests.images import png
 from tests.server import KEY, Api, Reply, answer, b64, json_reply, refusal
 
@@ -199,6 +199,30 @@ class TestFolder(JobCase):
                 self.check(self.run_tool("generate", "a hen"), 0)
                 self.assertEqual(self.jobs(), [job] if stays else [])
                 shutil.rmtree(job, ignore_errors=True)
+
+
+class TestNoTemporaryFolder(Case):
+    """A container that can write in its state folder only, and knows no home."""
+
+    def test_batch_and_check_use_the_state_folder(self) -> None:
+        self.serve_base(answer(png(64, 48)))
+        (self.work / "jobs.txt").write_text("a fox\n")
+        fault = FileNotFoundError(2, "No usable temporary directory found")
+        with mock.patch("tempfile.gettempdir", side_effect=fault):
+            self.check(self.run_tool("batch", "jobs.txt"), 0)
+            self.assertIn("state   ok", self.run_tool("config", "--check").out)
+
+    def test_without_a_home_no_folder_is_named_tilde(self) -> None:
+        self.serve_base(answer(png(64, 48)))
+        for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+            self.env.pop(name)
+        with mock.patch("os.path.expanduser", side_effect=str):  # as without HOME and passwd entry
+            self.check(self.run_tool("generate", "x", "-o", "x.png"), 0)
+            self.assertIn("no home", self.check(self.run_tool("config", "--init"), 2).err)
+            run = self.run_tool("generate", "x", "-o", "~/x.png")
+        self.assertIn("no home", self.check(run, 2).err)
+        self.assertEqual([path.name for path in self.work.iterdir()], ["x.png"])
+        self.assertTrue((self.tmp / "tmp" / f"gpt-image-2-{os.getuid()}" / "jobs").is_dir())
 
 
 class TestPlace(JobCase):

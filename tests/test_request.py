@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -244,8 +245,8 @@ class TestFields(RequestCase):
             "--param size=1024x1024": {"size": "1024x1024"},  # in the place of an edit's auto
             "--force -o a.jpg": {"output_format": "jpeg"},
             "--force -o A.WEBP": {"output_format": "webp"},
-            "--force -o a.jpg -f svg": {"output_format": "svg"},
-            "--force -o a.txt": {},
+            "--force -o a.jpg -f jpeg": {"output_format": "jpeg"},
+            "--force -o a": {},
         }
         for options, values in table.items():
             for endpoint in STARTS:
@@ -322,6 +323,31 @@ class TestFiles(RequestCase):
             for name in ("wrong.svg", "none"):
                 (part,) = self.uploads(self.put(name, data), "x")
                 self.assertEqual((part.content_type, part.body), (f"image/{kind}", data))
+
+    def test_images_from_pipes_are_kept_with_the_job(self) -> None:
+        fifos = [self.work / name for name in ("one", "two")]
+        for fifo, data in zip(fifos, (ONE, CLEAR)):
+            os.mkfifo(fifo)
+            threading.Thread(target=fifo.write_bytes, args=(data,), daemon=True).start()
+        parts = self.uploads("one", "x", "--mask", "two")
+        self.assertEqual([part.body for part in parts], [ONE, CLEAR])
+        parts = self.sent("edit", "-", "b.png", "x", stdin=THREE).uploads
+        self.assertEqual([part.body for part in parts], [THREE, TWO])
+        self.check(self.run_tool("edit", "-", "x", stdin=b""), 2)
+        (self.work / "jobs.jsonl").write_text('{"prompt": "x", "images": ["one"], "n": 1}')
+        self.assertIn("one is a pipe", self.check(self.run_tool("batch", "jobs.jsonl"), 2).err)
+
+    def test_a_photo_that_exif_turns_counts_as_shown(self) -> None:
+        little = b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0%c\0\0\0\0\0\0\0"
+        big = b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0%c\0\0\0\0\0\0"
+        for exif in (little, big):
+            for value, (width, height) in ((1, (64, 48)), (6, (48, 64)), (8, (48, 64))):
+                with self.subTest(exif, value=value):
+                    self.put("photo.jpg", jpeg(64, 48, exif=exif % value))
+                    run = self.run_tool("edit", "photo.jpg", "x", "--mask-box", "1,2,3,4")
+                    self.assertEqual("turned by its EXIF" in self.check(run, 0).err, value > 1)
+                    mask = read_png(self.api.posts[-1].uploads[1].body)
+                    self.assertEqual((mask.width, mask.height), (width, height))
 
     def test_the_mask_box_is_clear_and_all_else_is_opaque(self) -> None:
         self.put("photo.jpg", jpeg(64, 48))
@@ -460,6 +486,8 @@ REFUSED: dict[str, str] = {
     **rows("generate x --{}", "(timeout.*0|retries.*-1)", "timeout=0", "retries=-1"),
     "generate x --quality hgh": "hgh.*high",
     "generate x -f pgn": "pgn.*png",
+    **rows("generate x -o fox.{}", "no format.*(bmp|pgn|heic).*png, jpg", "bmp", "pgn", "HEIC"),
+    **rows("generate x -o a.jpg -f {}", "-o a.jpg and --format (png|svg)", "png", "svg"),
     "edit a.png x --image-field images": r"images.*image\[\]",
     "genrate x": "genrate.*generate",
     **rows("generate x {} low", "--qual(ty)? .*--quality", "--qualty", "--qual"),
@@ -472,7 +500,10 @@ REFUSED: dict[str, str] = {
     **rows("generate x {}", "utf-8|unicode", f"--user {LATIN}", "--param 'user=\"\\ud800\"'"),
     **rows("generate x --background transparent {}", "transparent.*png", "-f jpeg", "-o new.jpg"),
     **rows("edit a.png x --mask a.png {}", "--mask.*--ma", "--markup a.png", "--mask-box 0,0,1,1"),
-    **rows("edit {}", "image", "a.png", "--prompt x"),
+    **rows("edit {}", "image", "'a fox'", "--prompt x"),
+    "edit a.png": r"prompt is missing after a\.png",
+    **rows("edit {} x", "link.*download it first", "https://x.test/a.png", "file:///a.png"),
+    **rows("edit {} x", "cut.*end is missing", "cut.png", "cut.jpg", "a.png cut.png"),
     **rows("edit {} x", r"\w+ing\.png.*not exist", "missing.png", "a.png --image missing.png"),
     **rows("edit a.png x --{} missing.png", r"missing\.png.*not exist", "mask", "markup"),
     "edit nowhere.png x": r"nowhere\.png.*not exist",
@@ -497,11 +528,12 @@ CERTAIN_AT_OPENAI = {
     "edit a.png x --input-fidelity high": "input.fidelity",
     "edit a.png x --input-fidelity low -m gpt-image-2.6-flare": "input.fidelity",
     "edit a.png x --input-fidelity high -m gpt-image-1-mini": "low",
-    "edit " + "a.png " * 17 + "x": "17.*16",
     "edit a.png x --mask a.png": r"a\.png.*(alpha|transparen)",
     "edit a.png x --markup a.png -m gpt-image-2.6-flare": r"a\.png.*(alpha|transparen)",
     "edit a.png x --mask other.png": r"other\.png.*48x64.*64x48",
     "edit a.gif x": r"a\.gif.*gif",
+    "edit a.heic x": r"a\.heic is HEIC; the API takes png, jpeg and webp.*converts",
+    "edit a.tiff x": r"a\.tiff is TIFF;",
 }
 
 # What OpenAI only may refuse, with the one warning that goes with it; what it takes has none.
@@ -527,6 +559,8 @@ class TestRules(RequestCase):
     def setUp(self) -> None:
         super().setUp()
         for name, data in (
+            *(("cut.png", png(64, 48)[:-9]), ("cut.jpg", jpeg(64, 48)[:-2])),
+            *(("a.heic", b"\0\0\0\x10ftypheic" + bytes(4)), ("a.tiff", b"II*\0" + bytes(99))),
             *(("a.gif", gif(64, 48)), ("other.png", png(48, 64, hole=(0, 0, 8, 8)))),
             *(("text.png", b"just words\n"), ("a.txt", b"a fox"), ("empty.png", b"")),
             *(("latin.txt", b"caf\xe9"), ("nul.txt", b"a\0b"), ("long.txt", b"x" * 32_001)),
@@ -547,6 +581,30 @@ class TestRules(RequestCase):
         self.assertEqual((error["exit_code"], error["maybe_billed"]), (2, False))
         self.assertIn(error["message"], run.err)
         self.no_request(self.api)
+
+    def test_seventeen_images_are_too_many_at_openai_only(self) -> None:
+        line = "edit " + "a.png " * 17 + "x"
+        self.assertEqual(self.planned(f"{line} --provider openai-hk")["warnings"], [])
+        self.assert_refused(line, "17.*16", "--provider", "openai")
+
+    def test_a_home_is_found_wherever_the_tilde_stands(self) -> None:
+        (self.home / "a.png").write_bytes(ONE)
+        (self.home / "p.txt").write_bytes(b"a fox")
+        line = "--image=~/a.png --mask=~/a.png --prompt-file=~/p.txt --output-dir=~/out"
+        self.planned(f"edit '~/a.png' {line}")
+        self.check(self.run_tool("generate", "--prompt=x", "--output-dir=~/out"), 0)
+        self.env["GPT_IMAGE2_OUTPUT_DIR"] = "~/out"
+        self.check(self.run_tool("generate", "x", "-o=~/b.png".replace("-o=", "--output=")), 0)
+        self.check(self.run_tool("generate", "x"), 0)
+        self.assertEqual(len(list((self.home / "out").iterdir())), 2)
+        self.assertTrue((self.home / "b.png").exists())
+        self.check(self.run_tool("batch", "~/p.txt"), 0)
+        self.assertFalse((self.work / "~").exists())
+
+    def test_nodekey_takes_any_number_and_no_image_means_one(self) -> None:
+        for asked, sent in ((0, 1), (11, 11), (64, 64)):
+            found = self.planned(f"generate x -n {asked} --provider nodekey")["dry_run"]["fields"]
+            self.assertEqual(found["n"], sent)
 
     def test_refused_everywhere(self) -> None:
         for line, phrase in REFUSED.items():

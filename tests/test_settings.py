@@ -661,9 +661,40 @@ class TestInit(SettingsCase):
         self.assertEqual(added["base_url"], NODEKEY)
         self.assertTrue(self.path.is_symlink())
 
+    def test_what_is_to_be_done_next(self) -> None:
+        run = self.config_tool("--init", "--profile", "azure", "--config", "a b.json")
+        self.assertIn("put in your own your-resource and your-deployment\n", run.err)
+        self.assertIn("then config --check --config '", run.err)
+
+    def test_use_makes_a_profile_the_default_one(self) -> None:
+        self.assertIn("no profile 'home'", self.config_tool("--use", "home", code=3).err)
+        self.configure(model="mine", profiles={"home": HOST, "work": HOST})
+        self.assertIn("home, work", self.config_tool("--use", "wrok", code=3).err)
+        self.config_tool("--use", "work")
+        self.assertEqual((self.written()["profile"], self.written()["model"]), ("work", "mine"))
+        self.assertIn("(profile work)", self.config_tool().out)
+
+    def test_show_leaves_out_what_nobody_set(self) -> None:
+        self.configure(model="mine")
+        self.assertEqual(self.config_tool().out, self.config_tool("--show").out)
+        self.assertIn("model = mine", self.config_tool("--show").out)
+        self.assertNotIn("timeout", self.config_tool("--show").out)
+        self.assertIn("timeout = 600", self.config_tool("--show", "--all").out)
+
+    def test_quotes_that_docker_leaves_are_taken_off_every_variable(self) -> None:
+        for mark in "\"'":
+            self.env.update(
+                GPT_IMAGE2_TIMEOUT=f"{mark}77{mark}", GPT_IMAGE2_MODEL=f" {mark}m{mark}"
+            )
+            self.env.update(GPT_IMAGE2_HEADERS='{"A": "b"}', GPT_IMAGE2_CONFIG="")
+            shown = self.config_tool("--show").out
+            self.assertIn("timeout = 77 ", shown)
+            self.assertIn("model = m ", shown)
+            self.assertIn('headers = {"A": ', shown)
+
     def test_what_it_refuses_unseen(self) -> None:
         for words in (
-            *("--profile no-such", "--base-url https://user:sk-hunter2@relay.example", "--show"),
+            *("--profile no-such", "--base-url https://user:sk-hunter2@relay.example", "--check"),
             *("--api-key-env sk-hunter2", "--api-key-env 1X"),
         ):
             with self.subTest(words):
