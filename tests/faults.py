@@ -6,7 +6,8 @@ is run on what was kept. tests/test_faults.py asserts the table, and
 
     python3 tests/faults.py
 
-plays it and prints what was seen as Markdown, for the README.
+plays it and prints what was seen; with --markdown it prints docs/faults.md: what is expected,
+which tests/test_faults.py asserts row by row.
 """
 
 from __future__ import annotations
@@ -779,10 +780,30 @@ FAULTS = [*REFUSALS, *LIMITS, *SERVER_ERRORS, *BODIES, *CONNECTIONS, *LINKS, *SY
 # ---- The table as Markdown --------------------------------------------------------------------
 
 
+HEAD = """| fault | exit | requests | images saved | kept for recover | recover brings |
+|---|---|---|---|---|---|"""
+INTRODUCTION = """<!-- Made by: python3 tests/faults.py --markdown -->
+
+# Faults
+
+Each row is a test: a local server or the system misbehaves in this way, and the rest of the row is
+what comes of one call. *Requests* counts the POSTs that arrived. No image that arrived is lost, and
+no request that may have been billed is sent again.
+"""
+
+
+def document() -> str:
+    """Return docs/faults.md."""
+    rows = [markdown_row(fault.name, fault.outcome) for fault in FAULTS]
+    return "\n".join([INTRODUCTION, HEAD, *rows, ""])
+
+
 def main() -> int:
     """Play every fault, print the table, and return 1 if anything was not as expected."""
-    print("| fault | exit | POSTs | images saved | kept for recover | recover brings |")
-    print("|---" * 6 + "|")
+    if "--markdown" in sys.argv:
+        print(document(), end="")
+        return 0
+    print(HEAD)
     skipped = wrong = lost = again = 0
     for fault in FAULTS:
         stage = Stage()

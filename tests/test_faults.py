@@ -6,8 +6,8 @@ import re
 import unittest
 from typing import Callable
 
-from tests.case import Run
-from tests.faults import FAULTS, Fault, Outcome, Stage, markdown_row
+from tests.case import ROOT, Run
+from tests.faults import FAULTS, Fault, Outcome, Stage, document, markdown_row
 
 
 class TestFaults(Stage):
@@ -74,6 +74,10 @@ class TestTheTable(unittest.TestCase):
         twice = [row.name for row in FAULTS if row.outcome.unknown and row.outcome.posts > 1]
         self.assertEqual([name for name in twice if not name.startswith("HTTP 429, then")], [])
         self.assertEqual(len(twice), 3)
+
+    def test_the_page_is_up_to_date(self) -> None:
+        text = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+        self.assertEqual(text, document(), "run: python3 tests/faults.py --markdown")
 
     def test_prints_a_row(self) -> None:
         for outcome, cells in (

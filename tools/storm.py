@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -221,8 +222,9 @@ class CallStorm:
             tree = descendants(caller.pid)
             for index in killed:
                 for pid in tree[index : index + 1]:
-                    os.kill(pid, signal.SIGKILL)
-                    self.sums[f"kills of {VICTIMS[index]}"] += 1
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended
+                        os.kill(pid, signal.SIGKILL)
+                        self.sums[f"kills of {VICTIMS[index]}"] += 1
             caller.wait() if 0 in killed else None
             moment = time.monotonic() - started
             time.sleep(draw.choice((0, draw.uniform(0, 0.5))))
