@@ -636,9 +636,7 @@ class MaxCost(BatchCase):
         run = self.batch("--max-cost", "0.008", *self.openai, *ONE, code=9)
         self.assertIn("warning: the jobs cost $0.0083: $0.0003 over --max-cost 0.008", run.err)
         last = run.err.splitlines()[-1]
-        self.assertRegex(
-            last, "1 of 2 jobs are saved.* is reached; raise --max-cost to send 1 more"
-        )
+        self.assertRegex(last, "1 of 2 .* is reached; raise --max-cost to send 1 failed or left")
         self.assertNotIn("same command", last)
         lines = self.batch("--dry-run", "--max-cost", "0.0166", *self.openai).out.splitlines()
         self.assertEqual(lines[-2:], ["--max-cost 0.0166 lets 1 of 1 through", lines[-1]])
@@ -675,6 +673,40 @@ class MaxCost(BatchCase):
         with clock(asleep):
             self.batch("--max-cost", "0.013", *self.openai, code=9)
         self.assertEqual(self.posted(), ["a", "b"])
+
+    def test_counts_what_is_in_flight_at_what_its_kind_has_cost(self) -> None:
+        """When a has cost 0.0083, b counts so much too; so c would come to 0.0249."""
+        release = self.painter.hold("b")
+
+        def asleep() -> None:
+            if self.journal.exists() and "saved" in self.states().values():
+                release.set()
+
+        self.prompts("a", "b", "c")
+        with clock(asleep):
+            self.batch("--max-cost", "0.023", "--concurrency", "2", *self.openai, code=9)
+        self.assertEqual(self.posted(), ["a", "b"])
+
+    def test_no_kind_counts_less_than_the_dearest_of_it(self) -> None:
+        """Of 0.0083 and 0.1501 it is the latter, in this run and in the next; not of another
+        quality, and a redo does not add up."""
+        self.prompts("a", "b", "c")
+        dear = answer(drawn("b"), usage={"input_tokens": 20, "output_tokens": 5000})
+        self.painter.order("b", dear)
+        for _ in range(2):
+            run = self.batch("--max-cost", "0.3", *self.openai, *ONE, code=9)
+            self.assertEqual(self.painter.seen, ["a", "b"])
+        run = self.batch("--max-cost", "0.3", *self.openai, *ONE, "--redo", "0002", code=9)
+        self.assertRegex(
+            run.err, "; raise --max-cost to redo 1 left; raise.*, without --redo, to send 1"
+        )
+        self.batch(*self.openai, "--redo", "all")
+        for argv, price in (
+            (("--redo", "all"), "$0.4503"),
+            (("--redo=changed", "--quality=medium"), "$0.1581"),
+        ):
+            run = self.batch(*self.openai, *argv, "--dry-run")
+            self.assertIn(f"estimate: about {price}", run.out)
 
     def test_counts_what_a_redo_pays_again(self) -> None:
         self.prompts("a", "b")

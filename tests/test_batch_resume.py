@@ -235,7 +235,7 @@ class Again(ResumeCase):
         self.painter.order("bad", BAD_REQUEST)
         run = self.again("--redo", "fox", code=9, sends=1, saves=1)  # it alone
         self.assertEqual((self.summary(run)["left"], self.posted().count("fox")), ("2", 3))
-        self.assertRegex(run.err, "1 of 3 .*; run the same command again to send 2 failed or left")
+        self.assertRegex(run.err, "; run the same command again, without --redo, to send 2 failed")
         run = self.again(code=9, sends=2, saves=1)
         self.assertRegex(run.err, "2 of 3 .*; change the lines of 1 refused, or pass --redo failed")
         self.write({"prompt": "b"}, *({"prompt": word, "id": word} for word in ("fox", *words)))
