@@ -253,6 +253,8 @@ class TestTables(DocumentCase):
         self.assertEqual(list(example["cost"]), list(paid["cost"]))
 
     def test_help_texts(self) -> None:
+        shown = [match[1] for match in OPTIONS_BLOCK.findall(text_of(ROOT / "docs/options.md"))]
+        self.assertEqual(shown, self.commands())
         for path in DOCUMENTS:
             renewed = with_help_texts(text_of(path), self.help_text)
             self.assertEqual(text_of(path), renewed, "run: python3 -m tests.test_documents")
