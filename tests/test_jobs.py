@@ -515,7 +515,7 @@ class TestLastMoment(JobCase):
             later = mock.patch("time.time", lambda week=week: now() + week)
             with self.subTest(name), later, mock.patch("fcntl.flock", flock):
                 run = self.check(self.run_tool(*command), 0)
-                self.assertNotIn("no answer", run.out)
+                self.assertNotIn("no response", run.out)
                 if command != FOX:
                     run = self.recover(job.name)
                 self.assertEqual(self.images(run), ["first"])
@@ -538,7 +538,7 @@ class TestList(JobCase):
         for argv in ((), ("--list",)):
             lines = self.recover(*argv).out.splitlines()
             self.assertEqual(len(lines), 3)
-            for job, line, state in zip(jobs, lines, ("answer", "answer", "no answer")):
+            for job, line, state in zip(jobs, lines, ("response", "response", "no response")):
                 self.assertRegex(line, rf"^{job.name} +{state}\b.*a.* fox\b[^\x1b\u202e]*$")
         document = self.recover("--json").json
         self.assertEqual((document["schema"], document["ok"]), (1, True))
@@ -585,7 +585,7 @@ class TestChoosing(JobCase):
             job, other = self.kept(), self.kept(SILENT)
             (other / "response.json").write_bytes(b"{}")
             run = self.recover(job.name, *where, code=9)
-            self.assertIn(f"no more can come of it; recover --clean {job.name} removes it", run.err)
+            self.assertIn(f"nothing more can be recovered; recover --clean {job.name} removes it", run.err)
             again = self.recover(job.name, *where, code=9)
             self.assertEqual((again.saved, len(self.listing(rescued))), (run.saved, 2))
             self.assertRegex(self.recover().out, f"{job.name}  recovered ")

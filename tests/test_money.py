@@ -89,7 +89,7 @@ class Costs(Case):
             ("generic", OPENAI_USAGE, "-1", None, "281 tokens"),
             ("generic", {}, "0.0421", 0.0421, "$0.0421"),
             ("generic", {}, "", None, "no price is known for this server"),
-            ("openai", {}, "", None, "the server told no tokens"),
+            ("openai", {}, "", None, "the server reported no tokens"),
         ]
         for provider, usage, litellm, amount, said in table:
             with self.subTest(provider, usage=usage, litellm=litellm):
