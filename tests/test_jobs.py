@@ -596,7 +596,7 @@ class TestChoosing(JobCase):
             self.assertEqual(
                 self.recover("--clean", other.name, "--json").json["removed"], [other.name]
             )
-            self.assertIn("nothing more can come of 1 job", self.recover("--all").err)
+            self.assertIn("nothing more can be recovered from 1 job", self.recover("--all").err)
             self.recover("--clean", "--older-than", "0s")
             self.assertEqual(self.jobs(), [])
             shutil.rmtree(rescued)
