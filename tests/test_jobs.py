@@ -585,7 +585,9 @@ class TestChoosing(JobCase):
             job, other = self.kept(), self.kept(SILENT)
             (other / "response.json").write_bytes(b"{}")
             run = self.recover(job.name, *where, code=9)
-            self.assertIn(f"nothing more can be recovered; recover --clean {job.name} removes it", run.err)
+            self.assertIn(
+                f"nothing more can be recovered; recover --clean {job.name} removes it", run.err
+            )
             again = self.recover(job.name, *where, code=9)
             self.assertEqual((again.saved, len(self.listing(rescued))), (run.saved, 2))
             self.assertRegex(self.recover().out, f"{job.name}  recovered ")
