@@ -297,6 +297,16 @@ class TestDownloads(LinkCase):
         for api in (host, self.api):
             self.assertNotIn("secret-team", str(api.gets[0]))
 
+    def test_another_file_by_then_is_fetched_anew(self) -> None:
+        def tagged(body: bytes, tag: str, cut: int | None = None) -> Script:
+            play = ranged(body, cut=cut)
+            return lambda request: play(request)._replace(
+                headers=[*play(request).headers, ("ETag", tag)]
+            )
+
+        replies = [tagged(SMALL, '"a"', 500), tagged(LARGE, '"b"'), tagged(LARGE, '"b"')]
+        self.check_saved(self.follow("/a.png", files={"/a.png": replies}), LARGE)
+
     def test_a_cut_file_is_resumed_where_the_server_can(self) -> None:
         whole, cut = file_reply(SMALL), len(SMALL) // 2
         for replies, ranges in (

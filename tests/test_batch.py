@@ -32,6 +32,9 @@ IMAGE_COST = 0.00828  # OPENAI_USAGE at OpenAI's prices
 LOW_ESTIMATE = 0.0059  # a low 1024x1024: 16 * 16 * (2,000,000 + 1024 * 1024) / 4,000,000 tokens
 
 
+ODD = ('n="10"', "n=10.0", 'size="3840X2160"', "n=ten", "size=0x0", "partial_images=[]")
+
+
 def slow_down(seconds: int) -> Reply:
     wait = [("Retry-After", str(seconds))]
     return refusal(429, "rate_limit_exceeded", "Slow.", headers=wait)
@@ -656,6 +659,7 @@ class MaxCost(BatchCase):
             (("generate", "x", *high, "--max-cost", "1"), 0, ""),
             (("generate", "x", *high, "--sandbox"), 0, ""),
             (("generate", "x", "--provider", "nodekey"), 2, "prices"),
+            *((("generate", "x", *high, "--param", f"{odd}"), 2, "--max-cost") for odd in ODD),
         ):
             with self.subTest(argv):
                 posts = len(self.api.posts)
@@ -665,19 +669,17 @@ class MaxCost(BatchCase):
                 self.assertEqual(len(self.api.posts) - posts, sent)
 
     def test_counts_what_is_in_flight(self) -> None:
-        """Of four workers two find no money left, and wait until they know what the others cost."""
-        release = self.painter.hold("a", "b")
-        waiting: set[int] = set()
+        """The first of a kind goes alone; then two find money, and the fourth waits for them."""
+        release = self.painter.hold("b", "c")
 
         def asleep() -> None:
-            waiting.add(threading.get_ident())
-            if len(waiting) == 2 and len(self.api.posts) == 2:
+            if len(self.api.posts) == 3:
                 release.set()
 
         self.prompts("a", "b", "c", "d")
         with clock(asleep):
-            self.batch("--max-cost", "0.013", *self.openai, code=9)
-        self.assertEqual(self.posted(), ["a", "b"])
+            self.batch("--max-cost", "0.026", *self.openai, code=9)
+        self.assertEqual(self.posted(), ["a", "b", "c"])
 
     def test_counts_what_is_in_flight_at_what_its_kind_has_cost(self) -> None:
         """When a has cost 0.0083, b counts so much too; so c would come to 0.0249."""

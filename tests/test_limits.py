@@ -96,6 +96,7 @@ class TestAnswers(LimitCase):
             "keep-alives": event_stream(b": ping\n\n" * 700_000, completed_event(SMALL)),
             "words of the server": beside(b'"a": [' + b'{"message": "1"},' * 60_000 + b"1],"),
             "comments": event_stream(b": ping\n" * 700_000 + b"\n", completed_event(SMALL)),
+            "long texts": beside(b'"log": [' + b'"%s",' % (b"a" * 200) * 4000 + b"1],"),
             "events": event_stream(b"data: {}\n\n" * 500_000, completed_event(SMALL)),
         }.items():
             with self.subTest(name):
@@ -209,6 +210,22 @@ class TestReaders(Case):
                 tool.inspect_image(io.BytesIO(body))
                 Path(self.work / "headers").write_bytes(b"HTTP/1.1 200 OK\r\n" + body)
                 tool.read_headers_file(str(self.work / "headers"))
+
+    def test_texts_that_took_minutes(self) -> None:
+        """No limit by the clock: without the mending they would not end while one waits."""
+        path = self.work / "answer"
+        for body in (
+            json.dumps({"image" * 40 + "!": "https://x.invalid/a"}),
+            json.dumps({"message": "![" * 100_000, "a": "<img " * 40_000}),
+            json.dumps({"error": {"code": list(range(10_000, 90_000))}}),
+            '{"a":"' + "\\\\" * 5_000_000 + '"}',
+            "[" * 90 + '{"error":' * 9 + "1" + "}" * 9 + "]" * 90,
+        ):
+            path.write_text(body)
+            self.assertEqual(tool.read_reply(str(path)).images, ())
+        (self.work / "a.jpg").write_bytes(b"\xff\xd8" + b"\xff\xe1\x00\x02" * 3_000_000)
+        with open(self.work / "a.jpg", "rb") as file:
+            self.assertFalse(tool.inspect_image(file).whole)  # type: ignore[union-attr]
 
     @property
     def plain(self) -> tool.Settings:

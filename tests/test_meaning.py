@@ -48,6 +48,9 @@ def shapes(image: bytes, link: str) -> dict[str, Any]:
         "Markdown, and a link in prose": {
             "choices": [{"message": {"content": f"![x]({link}) see https://a.invalid/help.html"}}]
         },
+        "a link after a long text": {
+            "choices": [{"message": {"content": "x" * 200_000 + f" ![i]({link}) and more"}}]
+        },
         "dickpy/dsh-imagegen#10": {"result": {"images": [{"url": [link]}]}, "status": "completed"},
         "Replicate": {"output": [link], "input": {"image": "https://a.invalid/in.png"}},
         "BFL": {"status": "Ready", "result": {"sample": link}},
@@ -282,6 +285,8 @@ class TestWords(ReadCase):
             ("Please retry after 30 seconds", 30),
             ("Try again in 250ms.", 0.25),
             ("Try again in 3 minutes", 180),
+            ("Please try again in 6m0s.", 360),
+            ("Please retry after 1h2m3.5s", 3723.5),
             ("Requested 775. Please try again in 232ms. Visit https://a.invalid/", 0.232),
             ("You have exhausted your capacity on this model. Your quota will reset after 3s.", 3),
             ("You are uploading too fast. Please wait 59 more minutes.", 3540),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tempfile
 import time
 import unittest
@@ -98,6 +99,25 @@ class TestSpellings(unittest.TestCase):
             *(("256x256", "816x816"), ("4000x4000", "2880x2880"), ("640x480", "944x704")),
         ):
             self.assertEqual(tool.nearest_size(*pixels(asked)), pixels(text), asked)
+
+
+class TestSameCall(unittest.TestCase):
+    """Whether two calls ask the same of the same place, however that is spelled."""
+
+    def test_spellings(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            link = f"{folder}/link"
+            os.symlink(folder, link)
+            target = {"folder": folder, "name": "c.png", "stdout": False}
+            record = {"base_url": "http://127.0.0.1:8/v1", "batch": None, "target": target}
+            other = {**record, "base_url": "http://localhost:8/v1"}
+            other["target"] = {**target, "folder": link}
+            self.assertEqual(tool.same_call(record), tool.same_call(other))
+            for changed in (
+                {"base_url": "http://localhost:8/v2"},
+                {"base_url": "http://[::1]:9/v1"},
+            ):
+                self.assertNotEqual(tool.same_call(record), tool.same_call({**record, **changed}))
 
 
 class TestSizes(Case):
