@@ -89,7 +89,7 @@ class JobsFiles(BatchCase):
             ("a.csv", "a fox in snow\na goose\n", "no column named prompt: a fox in snow;"),
             ("a.csv", "prompt,zise\nx,1K\n", "row 2: 'zise' is not an option"),
             ("a.csv", "prompt,n\nx,2,3\n", "row 2 has 3 cells for 2 columns"),
-            ("a.csv", "prompt,images\nx,[1\n", "[1 does not exist"),
+            ("a.csv", "prompt,images\nx,[1\n", "'[1' does not exist"),
             ("a.tsv", "prompt\nx\xff\n", "not UTF-8"),
         ):
             (self.work / name).write_text(text, encoding="latin-1")
@@ -632,14 +632,17 @@ class MaxCost(BatchCase):
         """The first of a kind can cost more than its estimate: then it is said by how much."""
         self.prompts("a", "b")
         lines = self.batch("--dry-run", "--max-cost", "0.008", *self.openai).out.splitlines()
-        self.assertEqual(lines[-2], "--max-cost 0.008 allows 1 of 2")
+        self.assertEqual(lines[-2], "--max-cost 0.008 allows 1 of 2 (about $0.0059)")
         run = self.batch("--max-cost", "0.008", *self.openai, *ONE, code=9)
         self.assertIn("warning: the jobs cost $0.0083: $0.0003 over --max-cost 0.008", run.err)
         last = run.err.splitlines()[-1]
-        self.assertRegex(last, "1 of 2 .* is reached; raise --max-cost to send 1 failed or left")
+        self.assertRegex(
+            last,
+            "1 of 2 .* is too low for the next job .*; raise --max-cost to send 1 failed or left",
+        )
         self.assertNotIn("same command", last)
         lines = self.batch("--dry-run", "--max-cost", "0.0166", *self.openai).out.splitlines()
-        self.assertEqual(lines[-2:], ["--max-cost 0.0166 allows 1 of 1", lines[-1]])
+        self.assertEqual(lines[-2:], ["--max-cost 0.0166 allows 1 of 1 (about $0.0083)", lines[-1]])
 
     def test_one_request(self) -> None:
         self.write({"prompt": "x"})

@@ -99,7 +99,7 @@ class Costs(Case):
 
     def test_prices_of_ones_own(self) -> None:
         """For all models or for one; they beat the provider's, and what litellm tells."""
-        euros, dollars = ("EUR", "281 tokens, 0.00556 EUR"), ("USD", "281 tokens, $0.0056")
+        euros, dollars = ("EUR", "281 tokens, 0.0056 EUR"), ("USD", "281 tokens, $0.0056")
         table: list[tuple[str, dict[str, Any], tuple[str, str]]] = [
             ("generic", {**self.mine, "currency": "EUR"}, euros),
             ("generic", {"gpt-image-2": self.mine, "currency": "EUR"}, euros),

@@ -182,7 +182,7 @@ class Journals(BatchCase):
         self.unpack("states")
         self.assertIn("quality low -> high", self.batch(*OPENAI, "--quality", "high", code=2).err)
         argv = (*OPENAI, "--quality", "low", "--max-cost", "0.02")
-        self.assertIn("--max-cost 0.02 is reached", self.batch(*argv, code=9).err)
+        self.assertIn("--max-cost 0.02 is too low for the next job", self.batch(*argv, code=9).err)
         self.assertEqual(self.painter.seen, [])
 
     def test_a_redo_is_finished_and_not_begun_again(self) -> None:
