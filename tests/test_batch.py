@@ -78,8 +78,8 @@ class JobsFiles(BatchCase):
         table: dict[str, str] = {
             "\n \n\t\n": "no job",
             "[]": "no job",
-            '[{"prompt": "a"}': "no JSON array",
-            '[{"prompt": "a\xff"}]': "no JSON array",
+            '[{"prompt": "a"}': "not a valid JSON array",
+            '[{"prompt": "a\xff"}]': "not a valid JSON array",
             '[{"prompt": "a", "prompt": "b"}]': "duplicate key 'prompt'",
         }
         for text, why in table.items():
@@ -89,7 +89,7 @@ class JobsFiles(BatchCase):
         for name, text, why in (
             *((f"a.{kind}", "a fox\nb", f"not .{kind}; if each line") for kind in ("yaml", "MD")),
             ("a.html", "<html>", "not .html; if each line is a prompt, name it .txt"),
-            ("a.csv", "a fox in snow\na goose\n", "names no column prompt: a fox in snow;"),
+            ("a.csv", "a fox in snow\na goose\n", "no column named prompt: a fox in snow;"),
             ("a.csv", "prompt,zise\nx,1K\n", "row 2: 'zise' is not an option"),
             ("a.csv", "prompt,n\nx,2,3\n", "row 2 has 3 cells for 2 columns"),
             ("a.csv", "prompt,images\nx,[1\n", "'[1' does not exist"),
@@ -210,11 +210,11 @@ class BadLines(BatchCase):
             ("{nonsense", "not JSON"),
             ("[1]", "not an object"),
             ('{"prompt": "a", "n": 2, "prompt": "b"}', "duplicate key 'prompt'"),
-            ('{"prompt": "a", "params": {"x": NaN}}', "NaN is no JSON"),
+            ('{"prompt": "a", "params": {"x": NaN}}', "NaN is not a JSON"),
             ('{"prompt": "%s"}' % ("x" * 3_000_000), "longer"),
             ({}, "no prompt"),
             ({"prompt": ""}, "empty"),
-            ({"prompt": 7}, "not a text"),
+            ({"prompt": 7}, "not a string"),
             ({**a, "prompt_file": "room.png"}, "prompt or prompt_file"),
             ({"prompt_file": "missing.txt"}, "missing.txt"),
             ({**a, "qualitty": "low"}, "'qualitty'.*did you mean quality"),
@@ -224,7 +224,7 @@ class BadLines(BatchCase):
             ({**a, "images": []}, "images is empty"),
             ({**a, "images": ["missing.png"]}, "missing.png"),
             ({**a, "mask_box": "1,2,3,4"}, "need images"),
-            ({**a, "images": ["room.png"], "mask_box": [0, 0, 99, 99]}, "leaves"),
+            ({**a, "images": ["room.png"], "mask_box": [0, 0, 99, 99]}, "not inside"),
             ({**a, "input_fidelity": "high"}, "input_fidelity.*images"),
             ({**a, "params": [1]}, "params"),
             ({**a, "output": 7}, "output"),
@@ -635,7 +635,7 @@ class MaxCost(BatchCase):
         """The first of a kind can cost more than its estimate: then it is said by how much."""
         self.prompts("a", "b")
         lines = self.batch("--dry-run", "--max-cost", "0.008", *self.openai).out.splitlines()
-        self.assertEqual(lines[-2], "--max-cost 0.008 lets 1 of 2 through (about $0.0059)")
+        self.assertEqual(lines[-2], "--max-cost 0.008 allows 1 of 2 (about $0.0059)")
         run = self.batch("--max-cost", "0.008", *self.openai, *ONE, code=9)
         self.assertIn("warning: the jobs cost $0.0083: $0.0003 over --max-cost 0.008", run.err)
         last = run.err.splitlines()[-1]
@@ -645,16 +645,14 @@ class MaxCost(BatchCase):
         )
         self.assertNotIn("same command", last)
         lines = self.batch("--dry-run", "--max-cost", "0.0166", *self.openai).out.splitlines()
-        self.assertEqual(
-            lines[-2:], ["--max-cost 0.0166 lets 1 of 1 through (about $0.0083)", lines[-1]]
-        )
+        self.assertEqual(lines[-2:], ["--max-cost 0.0166 allows 1 of 1 (about $0.0083)", lines[-1]])
 
     def test_one_request(self) -> None:
         self.write({"prompt": "x"})
         self.env["GPT_IMAGE2_MAX_COST"] = "0.1"
         high = ("--provider", "openai", "--quality", "high")
         for argv, code, words in (
-            (("generate", "x", *high), 2, "over --max-cost 0.1; raise --max-cost"),
+            (("generate", "x", *high), 2, "more than --max-cost 0.1; raise --max-cost"),
             (("generate", "x", *self.openai), 0, ""),
             (("generate", "x", *high, "--max-cost", "1"), 0, ""),
             (("generate", "x", *high, "--sandbox"), 0, ""),
@@ -705,7 +703,8 @@ class MaxCost(BatchCase):
             self.assertEqual(self.painter.seen, ["a", "b"])
         run = self.batch("--max-cost", "0.3", *self.openai, *ONE, "--redo", "0002", code=9)
         self.assertRegex(
-            run.err, "; raise --max-cost to redo 1 left; raise.*, without --redo, to send 1"
+            run.err,
+            "; raise --max-cost to send 1 selected by --redo; raise.*, without --redo, to send 1",
         )
         self.batch(*self.openai, "--redo", "all")
         for argv, price in (

@@ -452,7 +452,7 @@ class Stopped(ResumeCase):
                 tool = self.start_tool("batch", "jobs.jsonl", *argv)
                 self.api.wait_for_request(posts + count)
                 tool.send_signal(signal.SIGINT)
-                self.hear(tool, f"stopping; {count} requests under way: 10 s more")
+                self.hear(tool, f"stopping; {count} requests in progress: 10 s more")
                 release.set()
                 run = self.check(self.finish(tool), 130)
                 left = self.summary(run)["left"]
@@ -552,7 +552,7 @@ class Unlocked(ResumeCase):
             for file in held:
                 self.addCleanup(file.close)
                 real(file, fcntl.LOCK_EX)
-            self.assertIn("under way in process", self.batch(code=2).err)
+            self.assertIn("already running in process", self.batch(code=2).err)
 
 
 class Shards(ResumeCase):

@@ -130,7 +130,7 @@ class TestInputs(LimitCase):
         self.configure(base_url="https://relay.invalid/v1", api_key_command="yes")
         env = {"GPT_IMAGE2_BASE_URL": None, "GPT_IMAGE2_API_KEY": None}
         run = self.check_memory("generate", "a fox", code=3, env=env)
-        self.assertIn("printed over 65536 bytes", run.err)
+        self.assertIn("printed more than 65536 bytes", run.err)
 
     def test_a_long_history(self) -> None:
         path = self.state / "gpt-image-2" / "history.jsonl"

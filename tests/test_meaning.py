@@ -177,7 +177,7 @@ class TestFormats(ReadCase):
                     run = self.check(self.run_tool("generate", "x", "-f", "png"), 0)
                     self.assertEqual(run.saved[0].suffix, f".{kind}")
                     self.assertEqual(run.saved[0].read_bytes(), image)
-                    self.assertRegex(run.err, f"warning: .* holds {kind}, not png as requested")
+                    self.assertRegex(run.err, f"warning: .* contains {kind}, not png as requested")
 
     def test_what_is_cut_or_no_image_is_kept_and_named(self) -> None:
         for name, data in {

@@ -145,7 +145,7 @@ class TestWarnings(OutputCase):
     def test_both_say_the_same(self) -> None:
         for options, words in (
             (("-s", "3840x2160"), "experimental"),
-            (("-s", "1920x1080", "--nearest-size"), "taking 1920x1088"),
+            (("-s", "1920x1080", "--nearest-size"), "using 1920x1088"),
             (("-m", "gpt-image-9"), "gpt-image-9"),
         ):
             with self.subTest(options):

@@ -220,7 +220,7 @@ class TestBareSystem(Case):
         api = self.serve_base(answer(FOX)._replace(before=gate), answer(FOX))
         first = self.start_tool("batch", "jobs.txt", "--concurrency", "1")
         api.wait_for_request()
-        self.assertIn("under way", self.check(self.run_tool("batch", "jobs.txt"), 2).err)
+        self.assertIn("already running", self.check(self.run_tool("batch", "jobs.txt"), 2).err)
         gate.set()
         self.check(self.finish(first), 0)
         self.well("batch", "jobs.txt")

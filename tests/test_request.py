@@ -345,7 +345,7 @@ class TestFiles(RequestCase):
                 with self.subTest(exif, value=value):
                     self.put("photo.jpg", jpeg(64, 48, exif=exif % value))
                     run = self.run_tool("edit", "photo.jpg", "x", "--mask-box", "1,2,3,4")
-                    self.assertEqual("turned by its EXIF" in self.check(run, 0).err, value > 1)
+                    self.assertEqual("rotated by its EXIF" in self.check(run, 0).err, value > 1)
                     mask = read_png(self.api.posts[-1].uploads[1].body)
                     self.assertEqual((mask.width, mask.height), (width, height))
 
@@ -486,7 +486,13 @@ REFUSED: dict[str, str] = {
     **rows("generate x --{}", "(timeout.*0|retries.*-1)", "timeout=0", "retries=-1"),
     "generate x --quality hgh": "hgh.*high",
     "generate x -f pgn": "pgn.*png",
-    **rows("generate x -o fox.{}", "no format.*(bmp|pgn|heic).*png, jpg", "bmp", "pgn", "HEIC"),
+    **rows(
+        "generate x -o fox.{}",
+        "(bmp|pgn|heic).*not a known image format.*png, jpg",
+        "bmp",
+        "pgn",
+        "HEIC",
+    ),
     **rows("generate x -o a.jpg -f {}", "-o a.jpg and --format (png|svg)", "png", "svg"),
     "edit a.png x --image-field images": r"images.*image\[\]",
     "genrate x": "genrate.*generate",
@@ -541,7 +547,7 @@ UNCERTAIN = {
     "generate x --background transparent": "transparent.*preview",
     **rows("generate x --quality {}", "xhigh|max", "xhigh", "max"),
     **rows("generate x --complexity low{}", "complexity.*2.6", "", " -m gpt-image-2.5-flare"),
-    "generate x -m gpt-image-3 --quality max --complexity low": "not in the table",
+    "generate x -m gpt-image-3 --quality max --complexity low": "unknown to this version",
     "generate x -m gpt-image-2.6-flair": "gpt-image-2.6-flair.*gpt-image-2.6-flare",
     "edit a.png x --moderation low": "moderation",
     "edit a.png x --response-format url": "response_format",
