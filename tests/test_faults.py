@@ -43,11 +43,7 @@ class TestFaults(Stage):
             self.assertIsNone(document["recover_id"])
         if code == 8:
             kept = document["recover_id"]
-            hint = (
-                f"run recover {kept} first"
-                if kept
-                else "no byte arrived, so there is nothing to recover; "
-            )
+            hint = f"run recover {kept} first" if kept else "no byte came, nothing to recover; "
             self.assertEqual(error["hint"][: len(hint)], hint)
             self.assertIn(error["hint"], run.err)
             self.assertEqual("\nRecover: " in run.err, bool(kept), run)

@@ -422,7 +422,7 @@ class TestResumed(JobCase):
                 first = self.start_tool(*command)
                 api.wait_for_request(1)
                 second = self.start_tool(*command, "--json")
-                self.hear(second, f"is already in progress (process {first.pid}); waiting for it")
+                self.hear(second, f"is already under way (process {first.pid}); waiting for it")
                 self.release.set()
                 runs = [self.check(self.finish(tool), code) for tool in (first, second)]
                 told = runs[1].json
@@ -709,7 +709,7 @@ class TestWaiting(JobCase):
         self.assertRegex(run.err.splitlines()[-1], "^Recover: ")
         (job / "job.json").write_text(record)  # so that one sees when the next recover has it
         tools = [self.waiting_recover(job)]
-        told = f"job {job.name} is already in progress (process {tools[0].pid}); waiting"
+        told = f"job {job.name} is already under way (process {tools[0].pid}); waiting"
         for argv in (FOX, ("recover", job.name)):
             tools.append(self.start_tool(*argv))
             self.hear(tools[-1], told)

@@ -336,7 +336,7 @@ class History(RecordCase):
     def test_none_and_cleared(self) -> None:
         for argv in ((), ("--clear",), ("--clear",), ()):
             run = self.check(self.run_tool("history", *argv), 0)
-            self.assertEqual((run.out, run.err), ("", "no entries\n"))
+            self.assertEqual((run.out, run.err), ("", "nothing yet\n"))
             document = self.history()
             self.assertEqual((document["entries"], document["totals"]), ([], []))
             if not argv:
