@@ -664,7 +664,7 @@ class TestInit(SettingsCase):
     def test_what_is_to_be_done_next(self) -> None:
         run = self.config_tool("--init", "--profile", "azure", "--config", "a b.json")
         self.assertIn("put in your own your-resource and your-deployment\n", run.err)
-        self.assertIn("then config --check --config '", run.err)
+        self.assertIn("then gpt-image2 config --check --config '", run.err)
 
     def test_use_makes_a_profile_the_default_one(self) -> None:
         self.assertIn("no profile 'home'", self.config_tool("--use", "home", code=3).err)
