@@ -7,10 +7,13 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from base64 import b64decode
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import gpt_image2
 from tests.case import Case, Run, SystemCase
 from tests.images import png, read_png
 from tests.server import KEY, data_url
@@ -156,4 +159,21 @@ class TestSandboxServer(SystemCase):
                 self.process.send_signal(number)
                 run = self.finish(self.process)
                 self.assertIn(run.code, codes, run)
-                self.assertNotIn("Traceback", run.err)
+                self.assertEqual(len(run.err.splitlines()), 1, run.err)
+
+    def test_what_it_reports(self) -> None:
+        """Each request, and tokens as the model has them: 400 for a portrait of low quality."""
+        base = self.start("--provider", "generic")
+        usage = self.post(base, prompt="a fox", model="gpt-image-1", quality="low", n=2)["usage"]
+        self.assertEqual((usage["output_tokens"], usage["total_tokens"]), (544, 548))
+        self.hear(self.process, '"POST /v1/images/generations HTTP/1.1" 200')
+
+    def test_delay(self) -> None:
+        server = gpt_image2.make_sandbox(gpt_image2.PROVIDERS["generic"], 0, delay=7)
+        self.addCleanup(server.server_close)
+        with mock.patch("gpt_image2.time.sleep") as sleep:
+            thread = threading.Thread(target=server.handle_request)
+            thread.start()
+            self.post(f"http://127.0.0.1:{server.server_port}/v1", prompt="a fox")
+            thread.join()
+        sleep.assert_called_once_with(7)
