@@ -623,21 +623,28 @@ REFUSALS = [
     row("HTTP 403, organisation not verified", AUTH, plain(403, UNVERIFIED), "15 minutes"),
     row("HTTP 403, HTML body", REFUSED, page(403, "Forbidden"), "HTTP 403"),
     row("HTTP 404, HTML body", REFUSED, page(404, "Not Found"), "base_url"),
-    row("no credit, told in a 500", LIMIT, told(500, "INSUFFICIENT_BALANCE"), "credit"),
-    row("no channel for the model, in a 503", REFUSED, told(503, "model_not_found"), "--model"),
+    row("out of credit, as an HTTP 500", LIMIT, told(500, "INSUFFICIENT_BALANCE"), "credit"),
     row(
-        "content policy, in other words",
+        "no channel for the model, as an HTTP 503", REFUSED, told(503, "model_not_found"), "--model"
+    ),
+    row(
+        "content policy, non-OpenAI error code",
         POLICY,
         told(400, "ResponsibleAIPolicyViolation"),
         "policy",
     ),
     row("200 with a task", UNKNOWN, json_reply({"task_id": "t7", "status": "queued"}), "task t7"),
-    row("200 with a refusal in words", UNKNOWN, json_reply({"content": "I can't."}), "I can't."),
-    row("200 in the form of a chat", SAVED, json_reply({"choices": [{"message": CHAT}]})),
-    row("HTTP 400 in words of its own", REFUSED, json_reply({"errorMessage": "Odd"}, 400), "Odd"),
+    row("200 with a refusal as text", UNKNOWN, json_reply({"content": "I can't."}), "I can't."),
+    row("200 with a chat completion", SAVED, json_reply({"choices": [{"message": CHAT}]})),
+    row(
+        "HTTP 400 with non-standard fields",
+        REFUSED,
+        json_reply({"errorMessage": "Odd"}, 400),
+        "Odd",
+    ),
     row("HTTP 413 before the request is read", REFUSED, Reply(413, early=True), "too large"),
     *(
-        row(f"HTTP {status} to another place", REFUSED, MOVED._replace(status=status), ELSEWHERE)
+        row(f"HTTP {status} redirect", REFUSED, MOVED._replace(status=status), ELSEWHERE)
         for status in (301, 302, 303, 307, 308)
     ),
 ]
@@ -653,7 +660,7 @@ SECOND_TRIES = {
 
 LIMITS = [
     *(
-        row(f"{name}, then the answer", RETRIED, [reply, answer(FIRST)])
+        row(f"{name}, then success", RETRIED, [reply, answer(FIRST)])
         for name, reply in SECOND_TRIES.items()
     ),
     row("HTTP 429 three times, Retry-After: 0", Outcome(6, 3), [limit(NOW)] * 3, "Slow"),
@@ -661,7 +668,7 @@ LIMITS = [
     row("HTTP 429, Retry-After: 3600", LIMIT, limit(HOUR), "3600 s"),
     *coded(429, LIMIT, "insufficient_quota", "credit_balance_exhausted"),
     *coded(429, LIMIT, "organization_spend_limit_exceeded", "organization_usage_limit_exceeded"),
-    row("HTTP 429, quota told by type alone", LIMIT, QUOTA, "Add credit", "insufficient_quota"),
+    row("HTTP 429, quota error only in `type`", LIMIT, QUOTA, "Add credit", "insufficient_quota"),
 ]
 
 SERVER_ERRORS = [
@@ -677,7 +684,7 @@ SERVER_ERRORS = [
     row("HTTP 408", UNKNOWN, Reply(408, headers=[NOW]), "billed"),
     row("HTTP 409", UNKNOWN, plain(409, headers=[NOW]), "No such thing"),
     row("HTTP 429, then 500", UNKNOWN_RETRIED, [limit(NOW), page(500, "Error")]),
-    row("HTTP 429, then no byte", UNKNOWN_RETRIED, [limit(NOW), Reply(silent=True)]),
+    row("HTTP 429, then no response", UNKNOWN_RETRIED, [limit(NOW), Reply(silent=True)]),
     row("HTTP 429, then 200 without a body", UNKNOWN_RETRIED, [limit(NOW), Reply(200)]),
 ]
 
@@ -695,46 +702,50 @@ BODIES = [
     *coded(200, REFUSED, "unknown_parameter"),
     row("100 and 103 before the 200", SAVED, EARLY_HINTS),
     row("HTTP 500 with the image in its body", SAVED, answer(FIRST)._replace(status=500)),
-    row("base64 broken", NO_IMAGE, json_reply({"data": [{"b64_json": "!" + b64(FIRST)[1:]}]})),
-    row("base64 of one of three broken", ONE_LOST, Reply(200, ONE_BAD), "image 2", n=3),
-    row("half a PNG in whole base64", NO_IMAGE, answer(FIRST[:2000])),
+    row("invalid base64", NO_IMAGE, json_reply({"data": [{"b64_json": "!" + b64(FIRST)[1:]}]})),
+    row("one of three images has invalid base64", ONE_LOST, Reply(200, ONE_BAD), "image 2", n=3),
+    row("truncated PNG in valid base64", NO_IMAGE, answer(FIRST[:2000])),
     row("two images of three", Outcome(9, 1, 2), answer(FIRST, SECOND), n=3),
     row("a stream that ends in a policy refusal", POLICY, BLOCKED_LATER, *BLOCKED_TOLD),
     row("a stream whose event is named error", POLICY, NAMED_ERROR, *BLOCKED_TOLD),
-    row("a stream cut after one of three images", Outcome(9, saved=1), CUT_STREAM, n=3),
+    row("a stream truncated after one of three images", Outcome(9, saved=1), CUT_STREAM, n=3),
 ]
 
 CONNECTIONS = [
-    row("nothing listens", SENT_NOTHING, nowhere(closed_port), UNSENT),
-    row("nothing listens at first, then the answer", SAVED, late_server),
+    row("connection refused", SENT_NOTHING, nowhere(closed_port), UNSENT),
+    row("connection refused at first, then success", SAVED, late_server),
     row("host unknown", SENT_NOTHING, nowhere("https://api.invalid/v1"), UNSENT),
-    row("no answer to the connection", SENT_NOTHING, nowhere(full_queue, *IMPATIENT), UNSENT),
-    row("no answer to the TLS handshake", SENT_NOTHING, nowhere(silent_port, *IMPATIENT), UNSENT),
-    row("https to a plain port", SENT_NOTHING, nowhere(https_to_plain), UNSENT),
-    row("certificate that nobody vouches for", SENT_NOTHING, nowhere(tls_port), UNSENT),
+    row("connection timeout", SENT_NOTHING, nowhere(full_queue, *IMPATIENT), UNSENT),
+    row("TLS handshake timeout", SENT_NOTHING, nowhere(silent_port, *IMPATIENT), UNSENT),
+    row("https to a plain http port", SENT_NOTHING, nowhere(https_to_plain), UNSENT),
+    row("untrusted certificate", SENT_NOTHING, nowhere(tls_port), UNSENT),
     row("proxy down", SENT_NOTHING, nowhere(RELAY, proxy=closed_port), UNSENT),
-    row("proxy of an odd kind, with a login", SENT_NOTHING, nowhere(RELAY, proxy=ODD), "****@h"),
+    row(
+        "unsupported proxy scheme, with a login", SENT_NOTHING, nowhere(RELAY, proxy=ODD), "****@h"
+    ),
     row("closed without a byte", UNKNOWN, Reply(silent=True), "billed"),
     row("reset without a byte", UNKNOWN, Reply(reset=True), "billed"),
     row("garbage instead of HTTP", UNKNOWN, Reply(raw=b"SSH-2.0-Server_9.2\r\n"), "billed"),
-    row("headers cut", UNKNOWN, Reply(raw=b"HTTP/1.1 200 OK\r\nContent-Ty"), "billed"),
-    row("an image as the body, cut", UNKNOWN, Reply(200, FIRST, cut=2000), "billed"),
-    row("cut with 0 of 3 images whole", UNKNOWN, cut_in(THREE, FIRST), n=3),
-    row("cut with 2 of 3 images whole", TWO_KEPT, CUT, n=3),
-    row("cut with 2 of 3 images whole, by a reset", TWO_KEPT, CUT._replace(reset=True), n=3),
-    row("cut with 2 of 3 images whole, chunked", TWO_KEPT, CUT._replace(framing="chunked"), n=3),
-    row("cut after the only image", Outcome(8, recover=(0, 1)), CUT_END),
+    row("truncated headers", UNKNOWN, Reply(raw=b"HTTP/1.1 200 OK\r\nContent-Ty"), "billed"),
+    row("an image as the body, truncated", UNKNOWN, Reply(200, FIRST, cut=2000), "billed"),
+    row("truncated: 0 of 3 images complete", UNKNOWN, cut_in(THREE, FIRST), n=3),
+    row("truncated: 2 of 3 images complete", TWO_KEPT, CUT, n=3),
+    row("truncated: 2 of 3 images complete, by a reset", TWO_KEPT, CUT._replace(reset=True), n=3),
+    row(
+        "truncated: 2 of 3 images complete, chunked", TWO_KEPT, CUT._replace(framing="chunked"), n=3
+    ),
+    row("truncated after the only image", Outcome(8, recover=(0, 1)), CUT_END),
     row("Content-Length too large", SAVED, answer(FIRST)._replace(content_length=99_999)),
     row("Content-Length too small", ONE_KEPT, SHORT, n=3),
-    row("chunked, whole, but its end is missing", SAVED, NO_LAST_CHUNK),
+    row("chunked, complete, but the last chunk is missing", SAVED, NO_LAST_CHUNK),
     row("time-out before the headers", UNKNOWN, answers(SILENCE, argv=(*FOX, *BRIEF)), "--timeout"),
     row("time-out after blank lines", UNKNOWN, stalled(Reply(200, b"\n\n{}"), 2), "--timeout"),
-    row("time-out with 2 of 3 images whole", TWO_KEPT, stalled(THREE, middle_of(THREE, THIRD))),
+    row("time-out with 2 of 3 images complete", TWO_KEPT, stalled(THREE, middle_of(THREE, THIRD))),
 ]
 
 LINKS = [
     row("link: 403, expired", NO_IMAGE, link(*[page(403, "Expired")] * 2), "HTTP 403"),
-    row("link: one of three is 404, later there", Outcome(9, 1, 2, (0, 3)), three_links),
+    row("link: one of three is 404 at first", Outcome(9, 1, 2, (0, 3)), three_links),
     row("link: 429, then the file", SAVED, link(Reply(429), ranged(FIRST))),
     row("link: to the server's own loopback", SAVED, own_loopback),
     row("link: no byte, then the file", SAVED, link(Reply(silent=True), ranged(FIRST))),
@@ -752,7 +763,7 @@ SYSTEM = [
     row("the output folder becomes a file meanwhile", KEPT, meanwhile(block_the_folder)),
     row("the output folder is read-only", Outcome(2, 0), folder_read_only),
     row("the state disk is full", SAVED, state_disk(answer(FIRST), full=True), "warning"),
-    row("the state disk is too small for the answer", SAVED, state_disk(answer(LARGE))),
+    row("the state disk is too small for the response", SAVED, state_disk(answer(LARGE))),
     row("the state disk fills up with 2 of 3 images there", TWO_KEPT, state_disk_fills_up),
     row("the state folder can't be written", SAVED, no_state, "warning"),
 ]
@@ -762,16 +773,22 @@ SIGNALS = [
     row("SIGTERM before any byte", Outcome(143, recover=NOTHING), before_a_byte(TERM), "billed"),
     row("SIGHUP before any byte", Outcome(129, recover=NOTHING), before_a_byte(HUP), "billed"),
     *(
-        row(f"{one.name} mid-answer, the rest comes within 10 s", ALL, mid_answer(one, comes=True))
+        row(
+            f"{one.name} mid-response, the rest arrives within 10 s",
+            ALL,
+            mid_answer(one, comes=True),
+        )
         for one in (INT, TERM, HUP)
     ),
-    row("SIGTERM with 2 of 3 images whole, no more", Outcome(143, recover=(9, 2)), waits_in_vain),
-    row("Ctrl-C hammered", Outcome(130, recover=(9, 2)), interrupted_again),
+    row(
+        "SIGTERM with 2 of 3 images complete, no more", Outcome(143, recover=(9, 2)), waits_in_vain
+    ),
+    row("Ctrl-C repeatedly", Outcome(130, recover=(9, 2)), interrupted_again),
     row("SIGINT while waiting to retry a 429", Outcome(130), while_waiting_to_retry),
     row("SIGINT during a download", Outcome(130, recover=(0, 1)), while_downloading),
     row("SIGKILL before any byte", Outcome(-9, recover=(0, 1)), before_a_byte(KILL)),
-    row("SIGKILL mid-answer", Outcome(-9, recover=(0, 3)), mid_answer(KILL, comes=True)),
-    row("SIGKILL of curl with 2 of 3 images whole", TWO_KEPT, mid_answer(kill_curl)),
+    row("SIGKILL mid-response", Outcome(-9, recover=(0, 3)), mid_answer(KILL, comes=True)),
+    row("SIGKILL of curl with 2 of 3 images complete", TWO_KEPT, mid_answer(kill_curl)),
 ]
 
 FAULTS = [*REFUSALS, *LIMITS, *SERVER_ERRORS, *BODIES, *CONNECTIONS, *LINKS, *SYSTEM, *SIGNALS]
@@ -780,14 +797,14 @@ FAULTS = [*REFUSALS, *LIMITS, *SERVER_ERRORS, *BODIES, *CONNECTIONS, *LINKS, *SY
 # ---- The table as Markdown --------------------------------------------------------------------
 
 
-HEAD = """| fault | exit | requests | images saved | kept for recover | recover brings |
+HEAD = """| fault | exit | requests | images saved | response kept | `recover` saves |
 |---|---|---|---|---|---|"""
 INTRODUCTION = """<!-- Made by: python3 tests/faults.py --markdown -->
 
 # Faults
 
-Each row is a test: a local server or the system misbehaves in this way, and the rest of the row is
-what comes of one call. *Requests* counts the POSTs that arrived. No image that arrived is lost, and
+Each row is a test: a local server or the system misbehaves as named, and the other columns show the
+result of one call. *Requests* counts the POSTs that arrived. No image that arrived is lost, and
 no request that may have been billed is sent again.
 """
 
