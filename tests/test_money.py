@@ -309,7 +309,7 @@ class History(RecordCase):
         self.assertNotRegex(run.out, "[\x00-\x09\x0b-\x1f]")
         lines = run.out.splitlines()
         first = r"\d{4}-\d\d-\d\dT.* gpt-image-2 .*1024x1024.*low.*\$0\.0083.*a fox.*in the snow"
-        self.assertRegex(lines[0], "^time  model  size  .*price")
+        self.assertRegex(lines[0], "^time  model  size  .*cost")
         self.assertRegex(lines[1], first)
         self.assertEqual(lines[4:6], ["  /tmp/a.png", "  /tmp/b.png"])
         totals = "\n".join(lines[10:])

@@ -168,6 +168,14 @@ class TestSandboxServer(SystemCase):
         self.assertEqual((usage["output_tokens"], usage["total_tokens"]), (544, 548))
         self.hear(self.process, '"POST /v1/images/generations HTTP/1.1" 200')
 
+    def test_json(self) -> None:
+        process = self.start_tool("sandbox", "--json")
+        self.hear(process, "Ctrl-C")
+        process.send_signal(signal.SIGTERM)
+        run = self.finish(process)
+        self.assertEqual((run.code, run.json["command"]), (143, "sandbox"))
+        self.assertRegex(run.json["base_url"], r"^http://127\.0\.0\.1:\d+/v1$")
+
     def test_delay(self) -> None:
         server = gpt_image2.make_sandbox(gpt_image2.PROVIDERS["generic"], 0, delay=7)
         self.addCleanup(server.server_close)

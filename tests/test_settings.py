@@ -629,9 +629,7 @@ class TestInit(SettingsCase):
             with self.subTest(flags, env=env):
                 run = self.config_tool("--init", *flags.split(), env=env)
                 taken = base in env.values()
-                self.assertEqual(
-                    f"BASE_URL is set: the file gets base_url {base}" in run.err, taken
-                )
+                self.assertEqual(f"BASE_URL is set, so base_url is {base}" in run.err, taken)
                 plan = self.planned(env={**env, variable: KEY})
                 self.assertEqual(plan["endpoint"], f"{base}/images/generations")
                 self.assertIn(f'"api_key_env": "{variable}"', json.dumps(self.written()))
@@ -663,7 +661,7 @@ class TestInit(SettingsCase):
 
     def test_what_is_to_be_done_next(self) -> None:
         run = self.config_tool("--init", "--profile", "azure", "--config", "a b.json")
-        self.assertIn("put in your own your-resource and your-deployment\n", run.err)
+        self.assertIn("replace YOUR-RESOURCE and YOUR-DEPLOYMENT in /", run.err)
         self.assertIn("then gpt-image2 config --check --config '", run.err)
 
     def test_use_makes_a_profile_the_default_one(self) -> None:
