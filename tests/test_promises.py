@@ -25,6 +25,7 @@ LIGHT_IMPORTS = {
     "stat",
     "sys",
     "time",
+    "types",  # loaded by re
     "typing",
 }
 WINDOWS_ONLY = {"msvcrt", "winreg"}
