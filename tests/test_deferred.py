@@ -606,6 +606,7 @@ class Limits(DeferredCase):
         names = [os.path.basename(job["images"][0]["path"]) for job in jobs]
         self.assertEqual(names, ["0001.png", "0002.png"])
         self.assertEqual((told["summary"]["jobs"], told["summary"]["saved"]), (2, 2))
+        self.assertRegex(told["warnings"][0], r"^the jobs cost \$0\.0083: ")  # not the estimate too
         self.assertAlmostEqual(told["summary"]["cost"]["amount"], 0.00828, delta=0.00001)
         costs = [line["cost"]["amount"] for line in self.lines() if line["state"] == "saved"]
         self.assertEqual([round(cost, 5) for cost in costs], [0.00414, 0.00414])
