@@ -11,6 +11,7 @@ import threading
 from typing import IO
 from unittest import mock
 
+import gpt_image2
 from tests.batches import (
     BAD_REQUEST,
     LOW,
@@ -335,6 +336,20 @@ class Killed(ResumeCase):
         self.prompts("a")
         self.batch()
         self.assertIn("running", self.check(runs[0], 10).err)
+        self.check_done("a")
+
+    def test_one_that_recover_finishes_meanwhile(self) -> None:
+        self.killed_before_its_answers("a")
+        lock_job = gpt_image2.lock_job
+        runs: list[Run] = []
+
+        def after_recover(folder: str) -> IO[bytes] | None:
+            if not runs:
+                runs.append(self.check(self.finish(self.start_tool("recover", "--all")), 0))
+            return lock_job(folder)
+
+        with mock.patch.object(gpt_image2, "lock_job", after_recover):
+            self.assertEqual(self.summary(self.batch())["skipped"], "1")
         self.check_done("a")
 
     def test_what_a_killed_batch_left(self) -> None:

@@ -613,6 +613,12 @@ class Limits(DeferredCase):
         history = self.check(self.run_tool("history"), 0).out
         self.assertEqual(history.count("$0.0041 batch"), 2)
 
+    def test_what_goes_over_the_cap_in_one_run(self) -> None:
+        self.numbered(2)
+        with pauses(self.api.end):
+            run = self.batch(*LOW, "--max-cost", "0.007", "--wait")
+        self.assertIn("the jobs cost $0.0083: $0.0013 over --max-cost 0.007", run.err)
+
     def test_a_journal_from_elsewhere_removes_nothing(self) -> None:
         """The key of a batch names a folder; a journal that came with an output folder may lie."""
         victim = self.tmp / "victim"
