@@ -284,7 +284,7 @@ def late_server(stage: Stage) -> Run:
     door.bind(("127.0.0.1", 0))  # bound, but not listening: connections are refused
     stage.env.update(GPT_IMAGE2_BASE_URL=f"http://127.0.0.1:{door.getsockname()[1]}/v1")
     tool = stage.start_tool(*FOX)
-    stage.hear(tool, "trying again")
+    stage.hear(tool, "before retry")
     door.listen()
     door.settimeout(HANG)
     api._serve(door.accept()[0])  # as if it had come by the server's own port

@@ -218,7 +218,7 @@ class TestRetries(AnswerCase):
 
         api = self.serve_base(refusal(429, None, "Wait.", headers=[("Retry-After", "0")]), second)
         run = self.check(self.run_tool("generate", "a fox", "--json"), 8)
-        waits = "HTTP 429 invalid_request_error: Wait; waiting 0 s, then trying again (1 of 2)"
+        waits = "HTTP 429 invalid_request_error: Wait; waiting 0 s before retry 1 of 2"
         self.assertEqual(run.err.splitlines()[0], waits)
         error = run.json
         self.assertEqual((left, error["recover_id"], error["http_status"]), ([b""], None, None))

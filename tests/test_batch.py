@@ -215,7 +215,7 @@ class BadLines(BatchCase):
             ({}, "no prompt"),
             ({"prompt": ""}, "empty"),
             ({"prompt": 7}, "not a string"),
-            ({**a, "prompt_file": "room.png"}, "prompt or prompt_file"),
+            ({**a, "prompt_file": "room.png"}, "both prompt and prompt_file"),
             ({"prompt_file": "missing.txt"}, "missing.txt"),
             ({**a, "qualitty": "low"}, "'qualitty'.*did you mean quality"),
             ({**a, "quality": "best"}, "quality.*best"),
@@ -223,7 +223,7 @@ class BadLines(BatchCase):
             ({**a, "n": True}, "n: "),
             ({**a, "images": []}, "images is empty"),
             ({**a, "images": ["missing.png"]}, "missing.png"),
-            ({**a, "mask_box": "1,2,3,4"}, "need images"),
+            ({**a, "mask_box": "1,2,3,4"}, "needs images"),
             ({**a, "images": ["room.png"], "mask_box": [0, 0, 99, 99]}, "not inside"),
             ({**a, "input_fidelity": "high"}, "input_fidelity.*images"),
             ({**a, "params": [1]}, "params"),
@@ -637,11 +637,13 @@ class MaxCost(BatchCase):
         lines = self.batch("--dry-run", "--max-cost", "0.008", *self.openai).out.splitlines()
         self.assertEqual(lines[-2], "--max-cost 0.008 allows 1 of 2 (about $0.0059)")
         run = self.batch("--max-cost", "0.008", *self.openai, *ONE, code=9)
-        self.assertIn("warning: the jobs cost $0.0083: $0.0003 over --max-cost 0.008", run.err)
+        self.assertIn(
+            "warning: the jobs cost $0.0083, which is $0.0003 over --max-cost 0.008", run.err
+        )
         last = run.err.splitlines()[-1]
         self.assertRegex(
             last,
-            "1 of 2 .* is too low for the next job .*; raise --max-cost to send 1 failed or left",
+            "1 of 2 .* is too low for .*; raise --max-cost to send 1 failed or left job$",
         )
         self.assertNotIn("same command", last)
         lines = self.batch("--dry-run", "--max-cost", "0.0166", *self.openai).out.splitlines()
@@ -704,7 +706,7 @@ class MaxCost(BatchCase):
         run = self.batch("--max-cost", "0.3", *self.openai, *ONE, "--redo", "0002", code=9)
         self.assertRegex(
             run.err,
-            "; raise --max-cost to send 1 selected by --redo; raise.*, without --redo, to send 1",
+            "; raise --max-cost to send 1 selected job; raise.*, without --redo, to send 1 failed",
         )
         self.batch(*self.openai, "--redo", "all")
         for argv, price in (

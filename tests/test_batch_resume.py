@@ -175,8 +175,8 @@ class Again(ResumeCase):
     def test_a_change_of_the_command_line(self) -> None:
         self.prompts("a", "b")
         self.batch(*LOW)
-        self.differs("--quality", "high", says=r"2 saved jobs differ \(quality low -> high\)")
-        self.differs(says=r"2 saved jobs differ \(quality low -> unset\)")
+        self.differs("--quality", "high", says=r"of 2 saved jobs changed \(quality low -> high\)")
+        self.differs(says=r"of 2 saved jobs changed \(quality low -> unset\)")
         self.differs(*LOW, "--param", "seed=1", says="seed")
         self.differs(*LOW, "-m", "gpt-image-1.5", says="model gpt-image-2 -> gpt-image-1.5")
         self.refused(*LOW, "--n", "2", "--json")
@@ -193,7 +193,7 @@ class Again(ResumeCase):
         self.write({"prompt": "a", "images": ["room.png"]})
         self.batch()
         self.configure(quality="medium")
-        self.differs(says=r"1 saved job differs \(quality low -> medium\)")
+        self.differs(says=r"of 1 saved job changed \(quality low -> medium\)")
         self.configure(quality="low")
         room.write_bytes(png(16, 16, seed=2))
         self.differs(says="image")
@@ -210,7 +210,9 @@ class Again(ResumeCase):
         self.assertEqual(self.posted(), ["a", "a", "b", "b"])
         self.prompts("a", "b", "c", "d")
         self.batch(code=9)
-        self.differs(*LOW, says=r"2 saved or maybe billed jobs differ \(quality unset -> low\)")
+        self.differs(
+            *LOW, says=r"of 2 saved or possibly billed jobs changed \(quality unset -> low\)"
+        )
         self.again("--redo", "changed", *LOW, sends=4, saves=4)
         self.again(*LOW)
 
@@ -238,7 +240,9 @@ class Again(ResumeCase):
         self.assertEqual((self.summary(run)["left"], self.posted().count("fox")), ("2", 3))
         self.assertRegex(run.err, "; run the same command again, without --redo, to send 2 failed")
         run = self.again(code=9, sends=2, saves=1)
-        self.assertRegex(run.err, "2 of 3 .*; change the lines of 1 refused, or pass --redo failed")
+        self.assertRegex(
+            run.err, "2 of 3 .*; change the lines of 1 refused job, or pass --redo failed"
+        )
         self.write({"prompt": "b"}, *({"prompt": word, "id": word} for word in ("fox", *words)))
         for word in words:  # as an id it would pay again
             self.again("--redo", word)

@@ -606,7 +606,7 @@ class Limits(DeferredCase):
         names = [os.path.basename(job["images"][0]["path"]) for job in jobs]
         self.assertEqual(names, ["0001.png", "0002.png"])
         self.assertEqual((told["summary"]["jobs"], told["summary"]["saved"]), (2, 2))
-        self.assertRegex(told["warnings"][0], r"^the jobs cost \$0\.0083: ")  # not the estimate too
+        self.assertRegex(told["warnings"][0], r"^the jobs cost \$0\.0083, ")  # not the estimate too
         self.assertAlmostEqual(told["summary"]["cost"]["amount"], 0.00828, delta=0.00001)
         costs = [line["cost"]["amount"] for line in self.lines() if line["state"] == "saved"]
         self.assertEqual([round(cost, 5) for cost in costs], [0.00414, 0.00414])
@@ -617,7 +617,7 @@ class Limits(DeferredCase):
         self.numbered(2)
         with pauses(self.api.end):
             run = self.batch(*LOW, "--max-cost", "0.007", "--wait")
-        self.assertIn("the jobs cost $0.0083: $0.0013 over --max-cost 0.007", run.err)
+        self.assertIn("the jobs cost $0.0083, which is $0.0013 over --max-cost 0.007", run.err)
 
     def test_a_journal_from_elsewhere_removes_nothing(self) -> None:
         """The key of a batch names a folder; a journal that came with an output folder may lie."""

@@ -556,8 +556,8 @@ class TestChoosing(JobCase):
 
     def test_the_last(self) -> None:
         self.assertEqual(self.recover("--json").json["jobs"], [])
-        self.assertIn("no unfinished", self.recover().err)
-        self.assertIn("no unfinished", self.recover("--last").err)
+        self.assertIn("no kept", self.recover().err)
+        self.assertIn("no kept", self.recover("--last").err)
         for first, second in ((FIRST, THIRD), (SECOND, THIRD), (THIRD, FIRST)):
             reply = answer(first, second)
             self.kept(reply._replace(cut=reply.body.index(b64(second).encode()) + 99))

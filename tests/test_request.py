@@ -544,13 +544,13 @@ CERTAIN_AT_OPENAI = {
 
 # What OpenAI only may refuse, with the one warning that goes with it; what it takes has none.
 UNCERTAIN = {
-    "generate x --background transparent": "transparent.*preview",
+    "generate x --background transparent": "transparency is a preview",
     **rows("generate x --quality {}", "xhigh|max", "xhigh", "max"),
     **rows("generate x --complexity low{}", "complexity.*2.6", "", " -m gpt-image-2.5-flare"),
     "generate x -m gpt-image-3 --quality max --complexity low": "unknown to this version",
     "generate x -m gpt-image-2.6-flair": "gpt-image-2.6-flair.*gpt-image-2.6-flare",
     "edit a.png x --moderation low": "moderation",
-    "edit a.png x --response-format url": "response_format",
+    "edit a.png x --response-format url": "--response-format",
     "edit a.png x --markup clear.png": "markup.*2.5",
     "generate x --background transparent --quality xhigh -m gpt-image-2.5-flare -f webp": "",
     "generate x -f gif --frame-count 2 --frame-duration-ms 40": "",

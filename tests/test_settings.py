@@ -741,7 +741,7 @@ class TestCheck(SettingsCase):
             ("the key", {"api_key_env": "OPENAI_API_KEY"}, {}, "OPENAI_API_KEY"),
             ("curl", IN_FILE, {"PATH": str(self.new_folder("bin"))}, "curl is not installed"),
             ("the CA file", {**IN_FILE, "cacert": "no.pem"}, {}, "no.pem"),
-            ("the template's resource", template, {}, "put your resource"),
+            ("the template's resource", template, {}, "your resource into base_url"),
         ):
             with self.subTest(name):
                 self.configure(**config)
