@@ -635,7 +635,7 @@ class MaxCost(BatchCase):
         """The first of a kind can cost more than its estimate: then it is said by how much."""
         self.prompts("a", "b")
         lines = self.batch("--dry-run", "--max-cost", "0.008", *self.openai).out.splitlines()
-        self.assertEqual(lines[-2], "--max-cost 0.008 allows 1 of 2 (about $0.0059)")
+        self.assertEqual(lines[-1], "--max-cost 0.008 allows 1 of 2 (about $0.0059)")
         run = self.batch("--max-cost", "0.008", *self.openai, *ONE, code=9)
         self.assertIn(
             "warning: the jobs cost $0.0083, which is $0.0003 over --max-cost 0.008", run.err

@@ -447,6 +447,12 @@ class TestStreams(OutputCase):
             with self.subTest(name):
                 self.asked(code=4, replies=[refusal(401, "invalid_api_key", "no")])
 
+    def test_an_image_on_stdout_is_alone_there_and_quiet_is_quiet(self) -> None:
+        for options, told in (((), r"\nSaved: - \(\d+ KB\)\n"), (("--quiet",), r"\A\Z")):
+            run = self.asked("-o", "-", *options, replies=[answer(IMAGE)])
+            self.assertEqual(run.raw_out, IMAGE)
+            self.assertRegex(run.err, told)
+
     def test_a_image_that_stdout_did_not_take_is_kept(self) -> None:
         for name in self.bends("stdout"):
             with self.subTest(name):

@@ -477,7 +477,11 @@ class TestSources(SettingsCase):
         for env in ({}, {"FOX_KEY": " \n"}):
             self.assertRegex(self.sent(FILE_KEY, env=env).err, "warning: .*FOX_KEY")
         self.configure(base_url=RELAY, api_key_env="FOX_KEY")
-        self.assertIn("FOX_KEY", self.generate(code=3).err.splitlines()[-1])
+        self.assertRegex(self.generate(code=3).err, r"\A.*FOX_KEY.*export FOX_KEY=YOUR-KEY\n\Z")
+        source = self.planned(env={"FOX_KEY": FILE_KEY})["key_source"]
+        self.assertEqual(source, f"$FOX_KEY, named in {self.path}")
+        self.configure(base_url=self.api.base_url, api_key_env="FOX_KEY")
+        self.assertNotIn("FOX_KEY", self.generate().err, "none is needed here")
 
     def test_what_can_be_no_key_and_a_key_in_the_wrong_place_are_refused_unseen(self) -> None:
         header = f"Authorization: Bearer {ODD_KEY}"
@@ -647,6 +651,10 @@ class TestInit(SettingsCase):
                 self.assertEqual(self.written(), before)
                 self.config_tool(*argv, "--force")
                 self.assertNotEqual(self.written(), before)
+        self.configure(profiles={"nodekey": HOST}, profile="nodekey")
+        self.config_tool("--init", "--force")
+        kept = {"profiles": {"nodekey": HOST}, "profile": "nodekey"}
+        self.assertEqual(self.written(), {**self.written(), **kept}, "no profile is lost")
 
     def test_a_profile_is_added_and_nothing_else_touched(self) -> None:
         """A config file that is a link to somebody's dotfiles stays one."""
@@ -747,4 +755,5 @@ class TestCheck(SettingsCase):
                 self.configure(**config)
                 run = self.config_tool("--check", code=3, env=env)
                 self.assertIn(fact, run.out + run.err)
+        self.check(self.run_tool("generate", "a fox", "--sandbox"), 0)  # needs no resource
         self.config_tool("--check", "--base-url", f"localhost:{self.closed_port()}", code=7)

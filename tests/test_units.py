@@ -494,3 +494,18 @@ class TestImages(unittest.TestCase):
         ):
             with self.subTest(data[:40]):
                 self.assertIsNone(look(data))
+
+
+class TestSuggestions(unittest.TestCase):
+    """A wrong option is answered with the right one, or with none."""
+
+    def test_options(self) -> None:
+        for words, told in {
+            "generate a --qualty low": "did you mean --quality?",
+            "batch a.txt -o out": "not of this command; did you mean --output-dir?",
+            "generate a --ratio 1:1": "not an option here$",
+            "generate a --seed 7": "not an option here$",
+            "generate a --foo": "not an option here$",
+        }.items():
+            with self.subTest(words), self.assertRaisesRegex(tool.Failure, told):
+                tool.parse_arguments(words.split())
