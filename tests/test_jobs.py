@@ -259,6 +259,16 @@ class TestPlace(JobCase):
         with mock.patch("os.getuid", return_value=uid + 1):
             check_refused("another user's")
 
+    def test_without_a_home_too_it_must_be_ours_alone(self) -> None:
+        self.env.pop("XDG_STATE_HOME")
+        with mock.patch("os.path.expanduser", side_effect=str):  # as without HOME and passwd entry
+            self.serve_base(CUT)
+            document = self.check(self.run_tool(*FOXES, "--json"), 8).json
+            spare = self.tmp / "tmp" / f"gpt-image-2-{os.getuid()}"
+            self.assertIn(document["job_id"], self.recover().out)
+            spare.chmod(0o770)
+            self.assertNotIn(document["job_id"], self.recover().out)
+
     def test_where_file_locks_do_not_work_there(self) -> None:
         """They fail, or exclude nobody."""
         import fcntl
