@@ -471,7 +471,7 @@ class Stopped(ResumeCase):
                 tool = self.start_tool("batch", "jobs.jsonl", *argv)
                 self.api.wait_for_request(posts + count)
                 tool.send_signal(signal.SIGINT)
-                self.hear(tool, f"stopping; {count} requests in progress: 10 s more")
+                self.hear(tool, f"stopping; waiting up to 10 s for {count} jobs in progress")
                 release.set()
                 run = self.check(self.finish(tool), 130)
                 left = self.summary(run)["left"]
