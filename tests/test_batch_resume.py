@@ -497,7 +497,7 @@ class Stopped(ResumeCase):
     def test_twice_leaves_at_once(self) -> None:
         tool, release = self.under_way("a", "b")
         tool.send_signal(signal.SIGINT)
-        self.hear(tool, "10 s more")
+        self.hear(tool, "waiting up to 10 s")
         tool.send_signal(signal.SIGINT)
         self.assertEqual(self.check(self.finish(tool), 130).out, "")
         release.set()
