@@ -239,6 +239,13 @@ class TestRetries(AnswerCase):
                 self.assertLessEqual(came, set(contents(saved)), run)
                 self.assertGreaterEqual(len(api.posts), 1 + (first.status == 500))
 
+    def test_a_signal_before_another_attempt_hides_no_image(self) -> None:
+        self.serve_base(answer(SMALL, LARGE)._replace(cut=len(b64(SMALL)) + 5000))
+        with mock.patch.object(gpt_image2.Job, "pause", side_effect=gpt_image2.Interrupted(2)):
+            run = self.run_tool("generate", "a fox", "-n", "2", "--retry-unsafe")
+        self.assertRegex(self.check(run, 9).err, "received 1 of 2 requested images .*SIGINT")
+        self.assertEqual(contents(run.saved), [SMALL])
+
 
 class LinkCase(AnswerCase):
     """A case whose server answers with links to images, and often serves those too."""

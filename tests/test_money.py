@@ -318,6 +318,11 @@ class History(RecordCase):
         self.assertRegex(totals, r"gpt-image-2\b(?!\.).*\b1 image.*\b1 call.*783 credits")
         self.assertRegex(totals, r"gpt-image-2\.6-flare.*\b1 image.*\b1 call")
 
+    def test_a_cost_of_nothing_is_known(self) -> None:
+        self.write(entry(cost={**COST, "amount": 0.0}))
+        self.assertEqual(self.history()["entries"][0]["cost"], {**COST, "amount": 0.0})
+        self.assertIn("$0.0000", self.check(self.run_tool("history"), 0).out)
+
     def test_since_and_limit_and_the_newest_last(self) -> None:
         self.write(*(entry(days, prompt=str(days)) for days in (8, 40, 6, 0.6, 0.4)))
         table = {
@@ -374,6 +379,13 @@ class Sidecars(RecordCase):
         self.generate("-o", "fox.png", "--sidecar", "--force")
         sidecar = json.loads((self.work / "fox.png.json").read_text())
         self.assertEqual(sidecar["prompt"], "a fox")
+        (self.work / "owl.png.json").symlink_to("fox.png.json")
+        api.script.append(answer(IMAGE))
+        self.generate("-o", "owl.png", "--sidecar", "--force", prompt="an owl")
+        names = ["fox.png.json", "owl.png.json"]
+        prompts = [json.loads((self.work / name).read_text())["prompt"] for name in names]
+        self.assertEqual(prompts, ["a fox", "an owl"], "the link is replaced, not its target")
+        self.assertEqual([name for name in self.listing() if "part" in name], [])
 
     def test_one_that_appears_meanwhile_is_not_replaced(self) -> None:
         theirs = self.work / "fox.png.json"

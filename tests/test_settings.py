@@ -655,6 +655,11 @@ class TestInit(SettingsCase):
         self.config_tool("--init", "--force")
         kept = {"profiles": {"nodekey": HOST}, "profile": "nodekey"}
         self.assertEqual(self.written(), {**self.written(), **kept}, "no profile is lost")
+        for broken in ("{bad", "[]", '{"profiles": []}'):
+            self.path.write_text(broken, encoding="utf-8")
+            self.assertIn("--force", self.config_tool("--init", code=2).err)
+            self.config_tool("--init", "--force")
+            self.assertNotIn("profiles", self.written())
 
     def test_a_profile_is_added_and_nothing_else_touched(self) -> None:
         """A config file that is a link to somebody's dotfiles stays one."""
