@@ -234,6 +234,8 @@ class Again(ResumeCase):
         self.again("--redo", "fox,0001", sends=2, saves=2)
         self.assertEqual(self.posted(), sorted(["b", "b", "fox", "fox", *words]))
         self.assertIn("fo", self.refused("--redo", "fo").err)
+        self.write({"prompt": "b"}, {"prompt": "new"})
+        self.assertIn("no job has this ID", self.refused("--redo", "failed,unknown").err)
         self.write(*({"prompt": name, "id": name} for name in ("fox", "new", "bad")))
         self.painter.order("bad", BAD_REQUEST)
         run = self.again("--redo", "fox", code=9, sends=1, saves=1)  # it alone

@@ -259,6 +259,17 @@ class TestPlace(JobCase):
         with mock.patch("os.getuid", return_value=uid + 1):
             check_refused("another user's")
 
+    def test_a_tmpdir_that_is_gone(self) -> None:
+        """As in a sandbox of an agent: another temporary folder is found."""
+        other = self.new_folder("other")
+        (self.tmp / "file").write_bytes(b"")
+        unusable = str(self.tmp / "file")
+        self.env.update(XDG_STATE_HOME=f"{unusable}/state", TMPDIR=unusable)
+        self.serve_base(answer(FIRST))
+        with mock.patch("tempfile.tempdir", str(other)):
+            self.check(self.run_tool(*FOX, env={"TEMP": str(other)}), 0)
+        self.assertEqual(len(list(other.glob("gpt-image-2-*/jobs"))), 1)
+
     def test_without_a_home_too_it_must_be_ours_alone(self) -> None:
         self.env.pop("XDG_STATE_HOME")
         with mock.patch("os.path.expanduser", side_effect=str):  # as without HOME and passwd entry

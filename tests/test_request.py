@@ -292,6 +292,18 @@ class TestFields(RequestCase):
             with self.subTest(argv):
                 self.assert_sends("generations", argv, values)
 
+    def test_a_model_that_is_a_param_decides_about_the_size(self) -> None:
+        words = (
+            "generate",
+            "x",
+            "--provider",
+            "openai",
+            "-s",
+            "512x512",
+            *params("model=dall-e-3"),
+        )
+        self.assertIn("not a size of this model", self.check(self.run_tool(*words), 2).err)
+
     def test_a_param_counts_as_the_number_of_images_too(self) -> None:
         run = self.check(self.run_tool("generate", "x", *params("n=2"), "-o", "fox.png"), 0)
         self.assertEqual([path.name for path in run.saved], ["fox-1.png", "fox-2.png"])

@@ -359,6 +359,23 @@ class TestPieces(unittest.TestCase):
                     reply, found = self.read(text, window, 30)
                     self.assertEqual((found, reply.whole), ([IMAGE], True))
 
+    def test_what_a_gateway_adds_to_a_cut_answer_hides_no_image(self) -> None:
+        cut = f'{{"data": [{{"b64_json": "{b64(IMAGE)}"}}], "usage": {{"input_tokens":'
+        for tail in (
+            'event: error\ndata: {"error": {"code": 504}}\n\n',
+            'upstream error: {"code": 504}',
+            ' timeout {"a": 1}',
+            " [1]",
+        ):
+            with self.subTest(tail):
+                self.assertEqual(self.read(cut + tail, 4096, 1000, salvage=True)[1], [IMAGE])
+
+    def test_many_images_below_the_length_that_stays_in_the_file(self) -> None:
+        image = IMAGE + bytes(23_000)
+        entry = f'{{"b64_json": "{b64(image)}", "revised_prompt": "{b64(image)}"}}'
+        body = f'{{"data": [{", ".join([entry] * 10)}]}}'
+        self.assertEqual(self.read(body, tool.WINDOW, tool.LONG_STRING)[1], [image] * 10)
+
     def test_a_cut_answer_gives_its_whole_images_to_recover_only(self) -> None:
         data = [{"b64_json": b64(IMAGE)}, {"b64_json": b64(IMAGE[:50])}]
         text = json.dumps({"created": 1, "data": [*data, {"b64_json": b64(IMAGE)}]})
