@@ -102,6 +102,18 @@ class Again(ResumeCase):
             self.assertEqual(self.summary(run)["unknown"], str(unknown))
         self.assertEqual(set(self.states().values()), {"saved"})
 
+    def test_which_unknown_ones_the_same_command_may_still_save(self) -> None:
+        """A truncated response may hold an image; one that is complete holds none."""
+        self.write(*({"prompt": name, "id": name} for name in ("cut", "oops")))
+        whole = answer(drawn("cut"))
+        cut = whole._replace(cut=len(whole.body) - 2, framing="close")
+        self.painter.order("cut", cut)
+        self.painter.order("oops", refusal(500, "server_error", "Oops."))
+        lines = self.batch(code=8).err.splitlines()
+        self.assertRegex("\n".join(lines), "cut: .*; the same command looks for its response")
+        self.assertRegex("\n".join(lines), "oops: .*; --redo unknown sends it again")
+        self.again(code=9, saves=1)
+
     def test_a_job_is_its_request_and_nothing_else(self) -> None:
         """Another host, key, time-out, order of keys, spelling, id or output is the same job."""
         self.write({"prompt": "a", "size": "1K", "quality": "low"})
