@@ -655,7 +655,7 @@ class TestInit(SettingsCase):
         self.config_tool("--init", "--force")
         kept = {"profiles": {"nodekey": HOST}, "profile": "nodekey"}
         self.assertEqual(self.written(), {**self.written(), **kept}, "no profile is lost")
-        mine = {"base_url": RELAY, "prices": {"out": 30}, "api_key": "sk-of-the-relay"}
+        mine: Any = {"base_url": RELAY, "prices": {"out": 30}, "api_key": "sk-of-the-relay"}
         for url, kept in ((RELAY, mine), (OTHER, {"prices": {"out": 30}})):
             self.configure(profiles={"mine": mine})
             self.config_tool("--init", "--profile", "mine", "--base-url", url, "--force")
