@@ -656,10 +656,10 @@ class TestInit(SettingsCase):
         kept = {"profiles": {"nodekey": HOST}, "profile": "nodekey"}
         self.assertEqual(self.written(), {**self.written(), **kept}, "no profile is lost")
         mine: Any = {"base_url": RELAY, "prices": {"out": 30}, "api_key": "sk-of-the-relay"}
-        for url, kept in ((RELAY, mine), (OTHER, {"prices": {"out": 30}})):
+        for url, stays in ((RELAY, mine), (OTHER, {"prices": {"out": 30}})):
             self.configure(profiles={"mine": mine})
             self.config_tool("--init", "--profile", "mine", "--base-url", url, "--force")
-            profile = {**kept, "base_url": url, "api_key_env": "MINE_API_KEY"}
+            profile = {**stays, "base_url": url, "api_key_env": "MINE_API_KEY"}
             self.assertEqual(self.written()["profiles"]["mine"], profile)
         for broken in ("{bad", "[]", '{"profiles": []}'):
             self.path.write_text(broken, encoding="utf-8")
